@@ -1,0 +1,125 @@
+"""What the filters share: tile sizes, rank bins, the control vector, sampling.
+
+Both the PyTorch reference and the Triton kernels import this file and nothing of each other, so a
+number that two of them must agree on lives here once. Importing it needs torch only.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+BLOCK_M: Final = 128
+"""Query rows of a tile: one list of key tiles serves so many rows."""
+BLOCK_N: Final = 64
+"""Keys of a tile: the unit that is kept or dropped."""
+
+PLAN_ROW_STRIDE: Final = 2
+"""The plan ranks tiles by every second query row: half its cost, and neighbours attend alike."""
+
+BINS_PER_OCTAVE: Final = 16
+"""Resolution of the cumulative-energy curve: a step of threshold is 2^(1/16), 4.4 %."""
+RANK_OCTAVES: Final = 16
+"""The smallest rank told apart is 2^-16, a 64th of an even share at 65,536 keys."""
+RANK_BINS: Final = BINS_PER_OCTAVE * RANK_OCTAVES
+"""256 bins, so that the rank of a tile pair is one byte."""
+TOP_BIN: Final = RANK_BINS - 1
+
+CONTROL_TARGET: Final = 0
+"""control[0]: wanted recall (0..1], or the density for ``rule="top_k"``."""
+CONTROL_LOG2_THRESHOLD: Final = 1
+"""control[1]: log2 of the threshold, used where control[2] is 1."""
+CONTROL_FIXED: Final = 2
+"""control[2]: 1 where the threshold is given, 0 where the node reads its own off its histogram."""
+CONTROL_SEED: Final = 3
+"""control[3]: number of the call, the seed of the audit's sample."""
+CONTROL_SIZE: Final = 4
+
+MEASURE_DENSITY: Final = 0
+"""measures[0]: kept tiles / visible tiles."""
+MEASURE_ESTIMATE: Final = 1
+"""measures[1]: recall by the filter's own account (an estimate, exact for ``online``)."""
+MEASURE_RECALL: Final = 2
+"""measures[2]: audited recall; NaN where this call was not audited."""
+MEASURE_STDERR: Final = 3
+"""measures[3]: standard error of measures[2]."""
+MEASURE_LOG2_THRESHOLD: Final = 4
+"""measures[4]: log2 of the threshold that was applied (NaN where a rule has none)."""
+MEASURE_SIZE: Final = 5
+
+AUDIT_FRACTION: Final = 0.01
+"""Share of the query tiles whose exact energies an audit computes."""
+AUDIT_MIN_TILES: Final = 64
+"""No fewer query tiles than this, so that the interval means something on a small node."""
+
+PLANNED_RULES: Final = ("threshold", "top_k", "top_p")
+ONLINE_RULES: Final = ("share", "lse", "max")
+CERTIFICATES: Final = ("none", "mean", "row")
+
+ONLINE_MAX_STRIDE: Final = 4.0
+"""A certified tile takes at most so many times its even part of the budget that is left: without
+a cap the first tiles would spend it all, whatever their share."""
+
+
+def tiles(length: int, block: int) -> int:
+    """Number of tiles of ``block`` rows that cover ``length`` rows."""
+    return -(-length // block)
+
+
+def rank_bin(rank: Tensor) -> Tensor:
+    """Bin of a share in [0, 1], uint8; NaN goes to the top bin, so that a NaN is never dropped.
+
+    Bin ``b`` holds the ranks in ``[2^((b - 256) / 16), 2^((b - 255) / 16))``; smaller ones are in
+    bin 0 and rank 1 is in the top bin.
+    """
+    steps = torch.floor((torch.log2(rank) + RANK_OCTAVES) * BINS_PER_OCTAVE)
+    return steps.nan_to_num(nan=TOP_BIN).clamp(0, TOP_BIN).to(torch.uint8)
+
+
+def log2_edge(bin_: Tensor) -> Tensor:
+    """log2 of the lower edge of a bin."""
+    return bin_.to(torch.float32) / BINS_PER_OCTAVE - RANK_OCTAVES
+
+
+def edge_bin(log2_threshold: Tensor) -> Tensor:
+    """First bin that lies wholly at or above a threshold given as log2; int64 in 0..255."""
+    steps = torch.ceil((log2_threshold + RANK_OCTAVES) * BINS_PER_OCTAVE)
+    return steps.clamp(0, TOP_BIN).to(torch.int64)
+
+
+def threshold_bin(energy: Tensor, recall: Tensor) -> Tensor:
+    """Highest bin from which on upwards the energy reaches ``recall``.
+
+    Args:
+        energy: energy by rank bin, ``[..., RANK_BINS]``, summing to 1 (all zero: nothing visible).
+        recall: wanted share of the energy, a tensor that broadcasts against ``energy[..., 0]``.
+
+    Returns:
+        int64 bins ``[...]``. Bin 0 (keep everything) where recall is 1 or rounding leaves the whole
+        curve below the target. No host synchronisation.
+    """
+    above = energy.flip(-1).cumsum(-1)
+    reached = above >= recall[..., None].to(above.dtype)
+    steps_down = torch.where(reached.any(-1), reached.to(torch.int8).argmax(-1), TOP_BIN)
+    return torch.where(recall >= 1, torch.zeros_like(steps_down), TOP_BIN - steps_down)
+
+
+def audit_samples(total: int) -> int:
+    """How many of a node's ``total`` query tiles an audit looks at."""
+    return min(total, max(AUDIT_MIN_TILES, round(total * AUDIT_FRACTION)))
+
+
+def audit_tiles(total: int, samples: int, seed: Tensor) -> Tensor:
+    """Query tiles that an audit looks at: one drawn at random from each of ``samples`` equal parts.
+
+    The draw is a hash of (seed, part) on the device, so that it neither synchronises nor touches
+    the caller's random numbers. int64 ``[samples]`` indices below ``total``, ascending.
+    """
+    part = torch.arange(samples, device=seed.device, dtype=torch.int64)
+    bits = seed.to(torch.int64) * 0x9E3779B1 + part * 0x85EBCA77 + 0xC2B2AE3D
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    start = part * total // samples
+    return start + (bits ^ (bits >> 16)) % ((part + 1) * total // samples - start)

@@ -1,0 +1,43 @@
+"""The two filters in plain PyTorch: the oracle of every kernel and the CPU path of the op.
+
+Source: arXiv 2606.16317 (cumulative-energy filtering) for the online filter; the planned filter,
+the certificates and the audit are this project's own. Work is proportional to the density, and no
+tensor of size q_len x kv_len is made. float64 inputs are computed in float64, all others in
+float32.
+
+Shapes: ``q [B, H, q_len, D]``, ``k [B, Hk, kv_len, D]``, ``v [B, Hk, kv_len, Dv]`` with ``H`` a
+multiple of ``Hk`` (grouped queries); ``key_mask`` bool ``[B, kv_len]``, true where a key takes
+part; ``Tm`` query tiles of :data:`~cef_compile.kernels.config.BLOCK_M` rows, ``Tn`` key tiles of
+:data:`~cef_compile.kernels.config.BLOCK_N` keys; any strides.
+"""
+
+from cef_compile.kernels.reference.audit import audit, exact_lse, tile_energies
+from cef_compile.kernels.reference.common import Result, new_output, work_dtype
+from cef_compile.kernels.reference.online import first_tile, online
+from cef_compile.kernels.reference.planned import (
+    Centroids,
+    Plan,
+    attend,
+    centroids,
+    choose,
+    plan,
+    planned,
+)
+
+__all__ = [
+    "Centroids",
+    "Plan",
+    "Result",
+    "attend",
+    "audit",
+    "centroids",
+    "choose",
+    "exact_lse",
+    "first_tile",
+    "new_output",
+    "online",
+    "plan",
+    "planned",
+    "tile_energies",
+    "work_dtype",
+]
