@@ -1,0 +1,45 @@
+# Everything runs in a virtual environment of its own. Needed: Linux, Python >= 3.10, pip >= 22.3.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+# The release that belongs to TORCH. Only installed where torch did not bring one (its CPU build):
+# the kernel tests run in Triton's interpreter there.
+TRITON ?= triton==3.7.1
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-gpu lint format clean
+
+demo: $(STAMP)
+	$(BIN)/cef-compile demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo-out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Made without pip, which the outer one stands in for: Debian's python3 has venv but no ensurepip.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PIP) install "$(TORCH)"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps "$(TRITON)"
+	$(PIP) install -e ".[test,dev]"
+	touch $(STAMP)
