@@ -1,0 +1,85 @@
+"""The demo itself: one clip, three ways to run the model, one folder of results."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cef_compile
+from cef_compile.demo.data import load_clip, load_model
+from cef_compile.demo.environment import environment
+from cef_compile.demo.latents import shuffle, unshuffle
+from cef_compile.demo.measure import Cost, process_peak_bytes, seconds, steady
+from cef_compile.demo.metrics import Video
+from cef_compile.demo.outcome import Outcome, Quality, join_nodes
+from cef_compile.demo.pictures import side_by_side, write_animation, write_still
+from cef_compile.demo.sampler import add_noise, noise_levels, sample
+from cef_compile.demo.settings import Settings
+
+TIMED_STEPS: Final = 5
+"""Steps timed after the video is done. They are not the video's own, because those are audited,
+and an audit costs time."""
+
+
+@torch.no_grad()
+def run_demo(settings: Settings) -> Outcome:
+    """Denoise the clip eager, compiled and filtered, and write everything to ``settings.out``.
+
+    Each way runs one step first (which compiles, and is the calibration pass of the policy), then
+    the whole video (audited, where it is filtered), then :data:`TIMED_STEPS` steps for the clock.
+
+    Returns:
+        The outcome that ``report.json`` and ``report.txt`` in the folder hold.
+    """
+    device, dtype = settings.device, settings.dtype
+    clip, text = load_clip(settings.clip, settings.frames, settings.size)
+    start = add_noise(unshuffle(clip)[None], settings.seed).to(device)
+    text = text.to(device, dtype)
+    levels = noise_levels(settings.steps)
+
+    model = load_model(device, dtype)
+    backend = cef_compile.backend(recall=settings.recall)
+    ways = {
+        "eager": model,
+        "compiled": torch.compile(model),
+        "filtered": torch.compile(model, backend=backend),
+    }
+    audit = backend.audit()
+    contexts = {"filtered": audit}
+    videos: dict[str, Video] = {}
+    costs: dict[str, Cost] = {}
+    with tqdm(total=len(ways) * (1 + settings.steps + TIMED_STEPS), unit="step") as bar:
+        for name, way in ways.items():
+            bar.set_description(name)
+            one_step = partial(sample, way, start, text, levels[:2], bar.update)
+            first_step_s = seconds(one_step, device)
+            with contexts.get(name, nullcontext()):
+                videos[name] = to_video(sample(way, start, text, levels, bar.update))
+            costs[name] = Cost(first_step_s, *steady(one_step, TIMED_STEPS, device))
+
+    outcome = Outcome(
+        settings=settings,
+        environment=environment(),
+        costs=costs,
+        process_peak_bytes=process_peak_bytes(),
+        filtered=Quality.of(videos["eager"], videos["filtered"]),
+        floor=Quality.of(videos["eager"], videos["compiled"]),
+        nodes=join_nodes(backend.report.to_dict()["nodes"], audit.to_dict()["nodes"]),
+    )
+    frames = side_by_side(videos["eager"], videos["filtered"])
+    write_still(settings.out / "frames.png", frames)
+    write_animation(settings.out / "frames.gif", frames)
+    outcome.write(settings.out)
+    return outcome
+
+
+def to_video(latents: Tensor) -> Video:
+    """``[1, 48, F, h, w]`` latents to fp32 frames ``[F, 4h, 4w, 3]``, clamped to 0..1."""
+    pixels = shuffle(latents[0]).clamp(-1, 1) / 2 + 0.5
+    video: Video = pixels.permute(1, 2, 3, 0).float().cpu().numpy()
+    return video
