@@ -6,6 +6,7 @@ number that two of them must agree on lives here once. Importing it needs torch 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -18,6 +19,26 @@ BLOCK_N: Final = 64
 
 PLAN_ROW_STRIDE: Final = 2
 """The plan ranks tiles by every second query row: half its cost, and neighbours attend alike."""
+
+PLAN_SQUARE_FACTOR: Final = 1 / 16
+"""The kernels store q^2 times this in the dtype of q: fp16 then holds it up to |q| = 1,023."""
+
+ENERGY_UNIT: Final = 2**30
+"""Fixed-point units of one row's energy in the kernels' histogram: integer sums do not depend on
+their order, and 2^31 rows still fit int64."""
+
+INT16_TILES: Final = 32767
+"""Up to so many key tiles the kernels' lists are int16."""
+
+DOT_PRECISION: Final = "tf32x3"
+"""How the kernels multiply fp32 inputs: three tf32 products on tensor cores, about fp32's error."""
+
+KERNEL_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes that the kernels take, the same one for q, k and v."""
+KERNEL_MAX_HEAD_DIM: Final = 256
+"""Largest head_dim of q, k and v that the kernels take."""
+KERNEL_HEAD_DIM_STEP: Final = 8
+"""head_dim must be a multiple of this."""
 
 BINS_PER_OCTAVE: Final = 16
 """Resolution of the cumulative-energy curve: a step of threshold is 2^(1/16), 4.4 %."""
@@ -61,6 +82,26 @@ CERTIFICATES: Final = ("none", "mean", "row")
 ONLINE_MAX_STRIDE: Final = 4.0
 """A certified tile takes at most so many times its even part of the budget that is left: without
 a cap the first tiles would spend it all, whatever their share."""
+
+MIN_KV_LEN: Final = {"cpu": 8 * BLOCK_N, "cuda": 4096}
+"""kv_len below which a node stays dense, by device type. On the CPU, where nothing is faster, it
+only says from when on there is something to choose from."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the kernels of a device type can compute."""
+
+    dtypes: tuple[torch.dtype, ...]
+    head_dim_multiple: int
+    max_head_dim: int
+
+
+LIMITS: Final = {
+    "cpu": Limits((torch.float64, torch.float32, torch.bfloat16, torch.float16), 1, 1 << 16),
+    "cuda": Limits((torch.bfloat16, torch.float16, torch.float32), 8, 256),
+}
+"""By device type; a device that is not listed keeps its nodes dense."""
 
 
 def tiles(length: int, block: int) -> int:

@@ -1,0 +1,203 @@
+"""The two filters on a GPU: the kernels of this package in order, behind one function each.
+
+Same meaning as :mod:`cef_compile.kernels.reference`. Nothing here waits for the device, no shape
+depends on data, and every call makes the same launches for the same shapes, so that a call can be
+captured in a CUDA graph and replayed with another ``control``.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cef_compile.kernels import config as c
+from cef_compile.kernels.attend import attend
+from cef_compile.kernels.audit import audit
+from cef_compile.kernels.centroids import centroids
+from cef_compile.kernels.lists import lists, threshold
+from cef_compile.kernels.plan import plan, variance_factor
+from cef_compile.kernels.tuning import TUNINGS, Tuning
+
+_TMA_ALIGNMENT = 16
+"""Bytes to which TMA wants a tensor's address and strides aligned."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a filter returns.
+
+    Attributes:
+        out: ``[B, H, q_len, Dv]`` in the dtype of ``q``, in (B, q_len, H, Dv) memory order.
+        lse: float32 ``[B, H, q_len]``, log of the kept energy; -inf where nothing is visible.
+        histogram: float32 ``[2, RANK_BINS]``, energy and number of the visible tile pairs by rank
+            bin, each summing to 1; zeros for the online filter.
+        measures: float32 ``[MEASURE_SIZE]``.
+        index: key tiles of each query tile, ``[B, H, Tm, Tn]``; the first ``count`` of a row are
+            valid. None for the online filter.
+        count: int32 ``[B, H, Tm]``, kept tiles of each query tile.
+        row_recall: float32 ``[B, H, q_len]``, the online filter's ledger; None for the planned.
+    """
+
+    out: Tensor
+    lse: Tensor
+    histogram: Tensor
+    measures: Tensor
+    index: Tensor | None
+    count: Tensor
+    row_recall: Tensor | None = None
+
+
+def planned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    control: Tensor,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+    rule: str = "threshold",
+    compensate: bool = False,
+    audited: bool = False,
+) -> Output:
+    """Filter by a plan made from tile centroids, then attend to the listed tiles.
+
+    Args:
+        q: ``[B, H, q_len, D]``; k ``[B, Hk, kv_len, D]``; v ``[B, Hk, kv_len, Dv]``, ``H`` a
+            multiple of ``Hk``; one dtype of ``KERNEL_DTYPES``, head_dim up to
+            ``KERNEL_MAX_HEAD_DIM``; any strides, honoured without a copy.
+        control: float32 ``[CONTROL_SIZE]`` on the same device.
+        scale: factor of the scores, above 0.
+        key_mask: bool ``[B or 1, kv_len]``, true where a key takes part; any strides.
+        rule: one of ``PLANNED_RULES``.
+        compensate: put dropped tiles back as pseudo-tokens.
+        audited: measure the achieved recall on a sample of query tiles.
+
+    Raises:
+        ValueError: for inputs outside these limits.
+    """
+    _check(q, k, v, control, scale, key_mask)
+    if rule not in c.PLANNED_RULES:
+        raise ValueError(f"rule must be one of {c.PLANNED_RULES}, not {rule!r}")
+    tuning = _tuning(q, v)
+    partial = key_mask is not None or k.shape[2] % c.BLOCK_N != 0
+    cents = centroids(k, key_mask, variance_factor=variance_factor(scale))
+    assert cents.variance is not None
+    ranked = plan(
+        q,
+        cents.mean,
+        cents.variance,
+        cents.count,
+        scale=scale,
+        keep_energy=rule != "threshold",
+        group_tiles=tuning.plan_group,
+        block_keys=tuning.plan_keys,
+        warps=tuning.plan_warps,
+        stages=tuning.plan_stages,
+    )
+    bin_, curve, measures = threshold(ranked.histogram, control)
+    listed = lists(
+        ranked.bins,
+        ranked.energy,
+        cents.count,
+        bin_,
+        control,
+        measures,
+        ranked.histogram,
+        rule=rule,
+        partial=partial,
+        want_kept=compensate,
+    )
+    out, lse = attend(
+        q,
+        k,
+        v,
+        listed.index,
+        listed.count,
+        listed.order,
+        scale=scale,
+        key_mask=key_mask,
+        kept=listed.kept,
+        k_mean=cents.mean if compensate else None,
+        v_mean=centroids(v, key_mask).mean if compensate else None,
+        key_count=cents.count if compensate else None,
+        descriptors=_takes_descriptors(k) and _takes_descriptors(v),
+        warps=tuning.attend_warps,
+        stages=tuning.attend_stages,
+    )
+    if audited:
+        audit(q, k, lse, control[c.CONTROL_SEED], measures, scale=scale, key_mask=key_mask)
+    return Output(out, lse, curve, measures, listed.index, listed.count[0])
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, control: Tensor, scale: float, key_mask: Tensor | None
+) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not (q.dim() == k.dim() == v.dim() == 4):
+        raise ValueError(f"q, k and v must have 4 dimensions: {shapes}")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v do not fit each other: {shapes}")
+    if q.shape[1] and (not k.shape[1] or q.shape[1] % k.shape[1]):
+        raise ValueError(f"query heads must be a multiple of key heads: {shapes}")
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in c.KERNEL_DTYPES:
+        raise ValueError(
+            f"q, k and v must share one dtype of {c.KERNEL_DTYPES}: {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    for dim in (q.shape[3], v.shape[3]):
+        if not 0 < dim <= c.KERNEL_MAX_HEAD_DIM or dim % c.KERNEL_HEAD_DIM_STEP:
+            raise ValueError(
+                f"head_dim must be a multiple of {c.KERNEL_HEAD_DIM_STEP} up to "
+                f"{c.KERNEL_MAX_HEAD_DIM}, not {dim}"
+            )
+    if control.shape != (c.CONTROL_SIZE,) or control.dtype != torch.float32:
+        raise ValueError(f"control must be float32 [{c.CONTROL_SIZE}], not {control.dtype}")
+    if not scale > 0:
+        raise ValueError(f"scale must be above 0, not {scale}")
+    if key_mask is not None and (
+        key_mask.dtype != torch.bool
+        or key_mask.dim() != 2
+        or key_mask.shape[0] not in (1, k.shape[0])
+        or key_mask.shape[1] != k.shape[2]
+    ):
+        raise ValueError(
+            f"key_mask must be bool [B or 1, kv_len], not {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
+
+
+def _tuning(q: Tensor, v: Tensor) -> Tuning:
+    """Entry of the table for this device, the larger head_dim and the dtype."""
+    dim = max(q.shape[3], v.shape[3])
+    architecture = _architecture(q.device)
+    wide = q.dtype == torch.float32
+    for entry in TUNINGS:
+        if architecture >= entry.architecture and dim <= entry.max_dim and wide == entry.wide:
+            return entry
+    raise ValueError(f"no kernel configuration for head_dim {dim} in {q.dtype} on {q.device}")
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    """CUDA compute capability as one number (90: Hopper); 0 for the interpreter and AMD."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _takes_descriptors(x: Tensor) -> bool:
+    """Whether TMA can read ``x`` here: Hopper or newer, rows contiguous, all else aligned."""
+    if _architecture(x.device) < 90 and x.device.type != "cpu":
+        return False
+    size = x.element_size()
+    return (
+        x.numel() > 0
+        and x.stride(3) == 1
+        and x.data_ptr() % _TMA_ALIGNMENT == 0
+        and all(
+            n == 1 or (s > 0 and s * size % _TMA_ALIGNMENT == 0)
+            for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)
+        )
+    )

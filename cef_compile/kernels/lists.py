@@ -1,0 +1,360 @@
+"""Step 3 of the planned filter: the threshold, the list of each query tile, who goes first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cef_compile.kernels import config as c
+
+_LIST_BLOCK = 1024
+"""Key tiles looked at in one step of a list."""
+_ORDER_BLOCK = 128
+"""Query tiles whose places in the order one program finds."""
+_WARPS = 4
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Which key tiles each query tile attends to.
+
+    Attributes:
+        index: int16 (int32 above ``INT16_TILES`` key tiles) ``[B, H, Tm, Tn]``; the first
+            ``count`` numbers of a row are valid: wholly visible tiles ascending, then partly
+            visible ones ascending.
+        count: int32 ``[2, B, H, Tm]``: listed tiles, and how many of them are wholly visible.
+        order: int32 ``[B, H, Tm]``, query tiles of each head by falling count.
+        kept: uint8 ``[B, H, Tm, Tn]``, 1 where listed; None unless asked for.
+    """
+
+    index: Tensor
+    count: Tensor
+    order: Tensor
+    kept: Tensor | None
+
+
+def threshold(histogram: Tensor, control: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Threshold bin of a node, its normalised histogram, and the measures that follow from both.
+
+    Args:
+        histogram: int64 ``[2, RANK_BINS]`` of :class:`~cef_compile.kernels.plan.Plan`.
+        control: float32 ``[CONTROL_SIZE]``.
+
+    Returns:
+        int32 ``[1]``, float32 ``[2, RANK_BINS]``, and float32 ``[MEASURE_SIZE]`` with density,
+        estimate and log2 of the threshold set, the audit's places NaN.
+    """
+    bin_ = torch.empty(1, dtype=torch.int32, device=histogram.device)
+    curve = torch.empty(histogram.shape, device=histogram.device)
+    measures = torch.empty(c.MEASURE_SIZE, device=histogram.device)
+    _threshold[(1,)](
+        histogram,
+        control,
+        bin_,
+        curve,
+        measures,
+        BINS=c.RANK_BINS,
+        BINS_PER_OCTAVE=c.BINS_PER_OCTAVE,
+        OCTAVES=c.RANK_OCTAVES,
+        TARGET=c.CONTROL_TARGET,
+        LOG2_THRESHOLD=c.CONTROL_LOG2_THRESHOLD,
+        FIXED=c.CONTROL_FIXED,
+        DENSITY=c.MEASURE_DENSITY,
+        ESTIMATE=c.MEASURE_ESTIMATE,
+        RECALL=c.MEASURE_RECALL,
+        STDERR=c.MEASURE_STDERR,
+        APPLIED=c.MEASURE_LOG2_THRESHOLD,
+        num_warps=_WARPS,
+    )
+    return bin_, curve, measures
+
+
+def lists(
+    bins: Tensor,
+    energy: Tensor | None,
+    count: Tensor,
+    threshold_bin: Tensor,
+    control: Tensor,
+    measures: Tensor,
+    histogram: Tensor,
+    *,
+    rule: str,
+    partial: bool,
+    want_kept: bool,
+) -> Lists:
+    """Compact lists of the tiles that a rule keeps.
+
+    ``threshold`` keeps the visible pairs whose bin is at or above ``threshold_bin``; ``top_k`` and
+    ``top_p`` are those of the reference, and overwrite the ``measures`` that depend on them.
+
+    Args:
+        bins, energy: of :class:`~cef_compile.kernels.plan.Plan`; the energy only for top_k, top_p.
+        count: int32 ``[B or 1, Tn]``, visible keys of each tile.
+        threshold_bin, control, measures: see :func:`threshold`.
+        histogram: int64 ``[2, RANK_BINS]``.
+        rule: one of ``PLANNED_RULES``.
+        partial: whether a tile may be partly visible.
+        want_kept: also return the kept pairs as a mask.
+    """
+    batch, heads, n_m, n_n = bins.shape
+    device = bins.device
+    dtype = torch.int16 if n_n <= c.INT16_TILES else torch.int32
+    index = torch.empty(bins.shape, dtype=dtype, device=device)
+    counts = torch.zeros(2, batch, heads, n_m, dtype=torch.int32, device=device)
+    order = torch.empty(batch, heads, n_m, dtype=torch.int32, device=device)
+    kept = torch.empty_like(bins) if want_kept else None
+    taken = torch.zeros(2, dtype=torch.int64, device=device)
+    total = batch * heads * n_m
+    if bins.numel():
+        _lists[(n_m, heads, batch)](
+            bins,
+            bins if energy is None else energy,
+            count,
+            threshold_bin,
+            control,
+            index,
+            counts,
+            bins if kept is None else kept,
+            taken,
+            n_n,
+            0 if count.shape[0] == 1 else n_n,
+            total,
+            RULE=rule,
+            PARTIAL=partial,
+            WANT_KEPT=want_kept,
+            BLOCK_N=c.BLOCK_N,
+            TOP_BIN=c.TOP_BIN,
+            TARGET=c.CONTROL_TARGET,
+            ENERGY_UNIT=c.ENERGY_UNIT,
+            STEP=min(_LIST_BLOCK, triton.next_power_of_2(n_n)),
+            num_warps=_WARPS,
+        )
+    if rule != "threshold":
+        _measure[(1,)](
+            histogram,
+            taken,
+            measures,
+            BINS=c.RANK_BINS,
+            DENSITY=c.MEASURE_DENSITY,
+            ESTIMATE=c.MEASURE_ESTIMATE,
+            APPLIED=c.MEASURE_LOG2_THRESHOLD,
+            num_warps=_WARPS,
+        )
+    if total:
+        _order[(triton.cdiv(n_m, _ORDER_BLOCK), batch * heads)](
+            counts, order, n_m, BLOCK=_ORDER_BLOCK, num_warps=_WARPS
+        )
+    return Lists(index, counts, order, kept)
+
+
+@triton.jit
+def _threshold(
+    histogram,
+    control,
+    out,
+    curve,
+    measures,
+    BINS: tl.constexpr,
+    BINS_PER_OCTAVE: tl.constexpr,
+    OCTAVES: tl.constexpr,
+    TARGET: tl.constexpr,
+    LOG2_THRESHOLD: tl.constexpr,
+    FIXED: tl.constexpr,
+    DENSITY: tl.constexpr,
+    ESTIMATE: tl.constexpr,
+    RECALL: tl.constexpr,
+    STDERR: tl.constexpr,
+    APPLIED: tl.constexpr,
+):
+    """One program. Sums are of integers, so that no rounding decides which bin is reached."""
+    bins = tl.arange(0, BINS)
+    energy = tl.load(histogram + bins)
+    number = tl.load(histogram + BINS + bins)
+    mass, pairs = tl.sum(energy, 0), tl.sum(number, 0)
+    recall = tl.load(control + TARGET)
+    above = mass - tl.cumsum(energy, 0) + energy
+    reached = above.to(tl.float64) >= recall.to(tl.float64) * mass.to(tl.float64)
+    own = tl.maximum(tl.sum(reached.to(tl.int32), 0) - 1, 0)
+    own = tl.where((recall >= 1) | (mass == 0), 0, own)
+    given = tl.ceil((tl.load(control + LOG2_THRESHOLD) + OCTAVES) * BINS_PER_OCTAVE)
+    given = tl.minimum(tl.maximum(given, 0.0), BINS - 1).to(tl.int32)
+    bin_ = tl.where(tl.load(control + FIXED) > 0, given, own)
+    tl.store(out, bin_)
+
+    mass64 = tl.maximum(mass, 1).to(tl.float64)
+    pairs64 = tl.maximum(pairs, 1).to(tl.float64)
+    tl.store(curve + bins, (energy.to(tl.float64) / mass64).to(tl.float32))
+    tl.store(curve + BINS + bins, (number.to(tl.float64) / pairs64).to(tl.float32))
+    kept_mass = tl.sum(tl.where(bins >= bin_, energy, 0), 0).to(tl.float64)
+    kept_pairs = tl.sum(tl.where(bins >= bin_, number, 0), 0).to(tl.float64)
+    density = tl.where(pairs > 0, kept_pairs / pairs64, 1.0)
+    estimate = tl.where(mass > 0, kept_mass / mass64, 1.0)
+    tl.store(measures + DENSITY, density.to(tl.float32))
+    tl.store(measures + ESTIMATE, estimate.to(tl.float32))
+    tl.store(measures + RECALL, float("nan"))
+    tl.store(measures + STDERR, float("nan"))
+    tl.store(measures + APPLIED, bin_.to(tl.float32) / BINS_PER_OCTAVE - OCTAVES)
+
+
+@triton.jit
+def _measure(
+    histogram,
+    taken,
+    measures,
+    BINS: tl.constexpr,
+    DENSITY: tl.constexpr,
+    ESTIMATE: tl.constexpr,
+    APPLIED: tl.constexpr,
+):
+    """One program: density and estimate of a rule that has no threshold."""
+    bins = tl.arange(0, BINS)
+    mass = tl.sum(tl.load(histogram + bins), 0)
+    pairs = tl.sum(tl.load(histogram + BINS + bins), 0)
+    kept_mass = tl.load(taken).to(tl.float64) / tl.maximum(mass, 1).to(tl.float64)
+    kept_pairs = tl.load(taken + 1).to(tl.float64) / tl.maximum(pairs, 1).to(tl.float64)
+    tl.store(measures + DENSITY, tl.where(pairs > 0, kept_pairs, 1.0).to(tl.float32))
+    estimate = tl.where(mass > 0, tl.minimum(kept_mass, 1.0), 1.0)
+    tl.store(measures + ESTIMATE, estimate.to(tl.float32))
+    tl.store(measures + APPLIED, float("nan"))
+
+
+@triton.jit
+def _row_step(bins, energy, count, at, n_n, RULE: tl.constexpr):
+    """Bin, visible keys and weight (1, or the energy for top_p) of some tiles of one query tile."""
+    inside = at < n_n
+    bin_ = tl.load(bins + at, mask=inside, other=0).to(tl.int32)
+    keys = tl.load(count + at, mask=inside, other=0)
+    weight = (keys > 0).to(tl.float32)
+    if RULE == "top_p":
+        weight = tl.load(energy + at, mask=inside, other=0.0)
+    return bin_, keys, weight
+
+
+@triton.jit
+def _lists(
+    bins,
+    energy,
+    count,
+    threshold_bin,
+    control,
+    index,
+    counts,
+    kept,
+    taken,
+    n_n,
+    count_b,
+    total,
+    RULE: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    WANT_KEPT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TOP_BIN: tl.constexpr,
+    TARGET: tl.constexpr,
+    ENERGY_UNIT: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One program per (query tile, head, batch)."""
+    n_m, heads = tl.num_programs(0), tl.num_programs(1)
+    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = (batch.to(tl.int64) * heads + head) * n_m + tile
+    bins += row * n_n
+    energy += row * n_n
+    index += row * n_n
+    kept += row * n_n
+    count += batch * count_b
+    step = tl.arange(0, STEP)
+
+    # The lowest bin of the list, and for top_k and top_p how much of that bin is wanted.
+    cutoff = tl.load(threshold_bin)
+    wanted = 0.0
+    above = 0.0
+    if RULE != "threshold":
+        target = tl.load(control + TARGET)
+        sum_ = 0.0
+        for start in range(0, n_n, STEP):
+            _, _, weight = _row_step(bins, energy, count, start + step, n_n, RULE)
+            sum_ += tl.sum(weight, 0)
+        wanted = target * sum_
+        if RULE == "top_k":
+            wanted = tl.ceil(wanted)
+        elif target >= 1:
+            wanted = float("inf")
+        cutoff = 0
+        high = TOP_BIN
+        while cutoff < high:
+            middle = (cutoff + high + 1) // 2
+            sum_ = 0.0
+            for start in range(0, n_n, STEP):
+                bin_, _, weight = _row_step(bins, energy, count, start + step, n_n, RULE)
+                sum_ += tl.sum(tl.where(bin_ >= middle, weight, 0.0), 0)
+            if sum_ >= wanted:
+                cutoff = middle
+            else:
+                high = middle - 1
+                above = sum_
+    # `above` is the weight beyond the cutoff: the last sum that fell short was that of cutoff + 1.
+
+    listed = 0
+    whole = 0
+    mass = 0.0
+    for phase in tl.static_range(2 if PARTIAL else 1):
+        before = above
+        first = 0  # tiles of the top bin met: the first is the best of those rules
+        for start in range(0, n_n, STEP):
+            at = start + step
+            bin_, keys, weight = _row_step(bins, energy, count, at, n_n, RULE)
+            keep = (keys > 0) & (bin_ >= cutoff)
+            if RULE != "threshold":
+                even = keep & (bin_ == cutoff)
+                tied = tl.where(even, weight, 0.0)
+                spent = before + tl.cumsum(tied, 0) - tied
+                before += tl.sum(tied, 0)
+                keep = keep & ((bin_ > cutoff) | (spent < wanted))
+                if RULE == "top_p":
+                    best = (keys > 0) & (bin_ == TOP_BIN)
+                    place = first + tl.cumsum(best.to(tl.int32), 0)
+                    first += tl.sum(best.to(tl.int32), 0)
+                    keep = keep | (best & (place == 1))
+            if WANT_KEPT:
+                if phase == 0:
+                    tl.store(kept + at, keep.to(tl.uint8), mask=at < n_n)
+            if RULE != "threshold":
+                if phase == 0:
+                    mass += tl.sum(
+                        tl.where(keep, tl.load(energy + at, mask=keep, other=0.0), 0.0), 0
+                    )
+            if PARTIAL:
+                if phase == 0:
+                    keep = keep & (keys == BLOCK_N)
+                else:
+                    keep = keep & (keys < BLOCK_N)
+            place = listed + tl.cumsum(keep.to(tl.int32), 0) - 1
+            tl.store(index + place, at.to(index.dtype.element_ty), mask=keep)
+            listed += tl.sum(keep.to(tl.int32), 0)
+        if phase == 0:
+            whole = listed
+    tl.store(counts + row, listed)
+    tl.store(counts + total + row, whole)
+    if RULE != "threshold":
+        tl.atomic_add(taken, tl.floor(mass * ENERGY_UNIT + 0.5).to(tl.int64), sem="relaxed")
+        tl.atomic_add(taken + 1, listed.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _order(counts, order, n_m, BLOCK: tl.constexpr):
+    """One program per (block of query tiles, head of a batch): places by falling count."""
+    row = tl.program_id(1).to(tl.int64) * n_m
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mine = tl.load(counts + row + at, mask=at < n_m, other=0)
+    place = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n_m, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        theirs = tl.load(counts + row + other, mask=other < n_m, other=-1)
+        sooner = theirs[None, :] > mine[:, None]
+        sooner |= (theirs[None, :] == mine[:, None]) & (other[None, :] < at[:, None])
+        place += tl.sum(sooner.to(tl.int32), 1)
+    tl.store(order + row + place, at, mask=at < n_m)

@@ -1,0 +1,271 @@
+"""Step 2 of the planned filter: rank and energy of every tile pair, and their histogram."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cef_compile.kernels import config as c
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_ENERGY_FP16 = tl.constexpr(512.0)
+"""Factor of an energy (a sum of at most 64 shares) before it is split into two fp16 numbers."""
+_SIDE = tl.constexpr(16)
+"""The histogram is built as a 16 x 16 matrix: bin = 16 * row + column."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rank and energy of every (query tile, key tile) pair.
+
+    Attributes:
+        bins: uint8 ``[B, H, Tm, Tn]``, bin of the largest share that a row of the query tile gives
+            the key tile; the best key tile of each query tile is in the top bin. Unspecified for
+            tiles without a visible key.
+        energy: float32 ``[B, H, Tm, Tn]``, share summed over the rows looked at; None unless kept.
+        histogram: int64 ``[2, RANK_BINS]``, energy (in units of 1 / ``ENERGY_UNIT``) and number of
+            the visible pairs by bin. Integers, so that the order of the sum does not matter.
+    """
+
+    bins: Tensor
+    energy: Tensor | None
+    histogram: Tensor
+
+
+def variance_factor(scale: float) -> float:
+    """Factor that :func:`plan` expects in the variances: its term is ``scale * (a q^2) . s2``."""
+    return 0.5 * scale / c.PLAN_SQUARE_FACTOR
+
+
+def plan(
+    q: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: Tensor,
+    *,
+    scale: float,
+    keep_energy: bool,
+    group_tiles: int,
+    block_keys: int,
+    warps: int,
+    stages: int,
+) -> Plan:
+    """Rank and energy of every tile pair from centroids alone, in two passes over the centroids.
+
+    Args:
+        q: ``[B, H, q_len, D]``, any strides.
+        mean, variance: ``[B, Hk, Tn, D]`` contiguous, in the dtype of q; the variance times
+            :func:`variance_factor`.
+        count: int32 ``[B or 1, Tn]``, visible keys of each tile.
+        scale: factor of the scores.
+        keep_energy: also return the energy of every pair.
+        group_tiles: query tiles per program, which share each centroid tile it reads.
+        block_keys: key tiles per step.
+        warps, stages: of each program.
+    """
+    batch, heads, q_len, dim = q.shape
+    n_m, n_n = c.tiles(q_len, c.BLOCK_M), count.shape[1]
+    bins = torch.empty(batch, heads, n_m, n_n, dtype=torch.uint8, device=q.device)
+    energy = torch.empty(bins.shape, device=q.device) if keep_energy else None
+    histogram = torch.zeros(2, c.RANK_BINS, dtype=torch.int64, device=q.device)
+    if bins.numel():
+        _plan[(triton.cdiv(n_m, group_tiles), heads, batch)](
+            q,
+            mean,
+            variance,
+            count,
+            bins,
+            histogram if energy is None else energy,
+            histogram,
+            q_len,
+            n_m,
+            n_n,
+            heads // mean.shape[1],
+            0 if count.shape[0] == 1 else n_n,
+            scale,
+            *q.stride(),
+            DIM=dim,
+            BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            BLOCK_M=c.BLOCK_M,
+            ROW_STRIDE=c.PLAN_ROW_STRIDE,
+            GROUP=group_tiles,
+            KEYS=block_keys,
+            SQUARE=c.PLAN_SQUARE_FACTOR,
+            BINS_PER_OCTAVE=c.BINS_PER_OCTAVE,
+            OCTAVES=c.RANK_OCTAVES,
+            TOP_BIN=c.TOP_BIN,
+            ENERGY_UNIT=c.ENERGY_UNIT,
+            KEEP_ENERGY=keep_energy,
+            PRECISION=c.DOT_PRECISION if q.dtype == torch.float32 else None,
+            STAGES=stages,
+            num_warps=warps,
+        )
+    return Plan(bins, energy, histogram)
+
+
+@triton.jit
+def _load_stats(mean, variance, count, at, n_n, KEYS, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mean and variance ``[KEYS, BLOCK_D]`` and log2 of the key count (-inf: not visible)."""
+    dims = tl.arange(0, BLOCK_D)
+    inside = at < n_n
+    used = inside[:, None]
+    if BLOCK_D != DIM:
+        used = used & (dims < DIM)[None, :]
+    to = at[:, None] * DIM + dims[None, :]
+    middle = tl.load(mean + to, mask=used, other=0.0)
+    spread = tl.load(variance + to, mask=used, other=0.0)
+    found = tl.load(count + at, mask=inside, other=0)
+    return middle, spread, tl.log2(found.to(tl.float32))
+
+
+@triton.jit
+def _plan(
+    q,
+    mean,
+    variance,
+    count,
+    bins,
+    energy,
+    histogram,
+    q_len,
+    n_m,
+    n_n,
+    heads_per_key_head,
+    count_b,
+    scale,
+    q_b,
+    q_h,
+    q_l,
+    q_d,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEYS: tl.constexpr,
+    SQUARE: tl.constexpr,
+    BINS_PER_OCTAVE: tl.constexpr,
+    OCTAVES: tl.constexpr,
+    TOP_BIN: tl.constexpr,
+    ENERGY_UNIT: tl.constexpr,
+    KEEP_ENERGY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program per (GROUP query tiles, head, batch); ROWS rows of each query tile take part."""
+    ROWS: tl.constexpr = BLOCK_M // ROW_STRIDE
+    group, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    row = tl.arange(0, GROUP * ROWS)
+    at = (group * GROUP + row // ROWS) * BLOCK_M + row % ROWS * ROW_STRIDE
+    real = at < q_len
+    dims = tl.arange(0, BLOCK_D)
+    used = real[:, None]
+    if BLOCK_D != DIM:
+        used = used & (dims < DIM)[None, :]
+    q += batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h
+    where = at.to(tl.int64)[:, None] * q_l + dims.to(tl.int64)[None, :] * q_d
+    rows = tl.load(q + where, mask=used, other=0.0)
+    squares = rows.to(tl.float32)
+    squares = (squares * squares * SQUARE).to(rows.dtype)
+
+    key_head = batch.to(tl.int64) * (heads // heads_per_key_head) + head // heads_per_key_head
+    mean += key_head * n_n * DIM
+    variance += key_head * n_n * DIM
+    count += batch * count_b
+    step = tl.arange(0, KEYS)
+    scale2 = scale * _LOG2E
+
+    # Pass 1: log2 of the energy that each row gives all tiles together.
+    top = tl.full([GROUP * ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP * ROWS], tl.float32)
+    for start in tl.range(0, n_n, KEYS, num_stages=STAGES):
+        middle, spread, log_count = _load_stats(
+            mean, variance, count, start + step, n_n, KEYS, DIM, BLOCK_D
+        )
+        score = tl.dot(rows, middle.T, input_precision=PRECISION)
+        score = tl.dot(squares, spread.T, score, input_precision=PRECISION)
+        score = score * scale2 + log_count[None, :]
+        new_top = tl.maximum(top, tl.max(score, 1))
+        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - anchor) + tl.sum(tl.exp2(score - anchor[:, None]), 1)
+        top = new_top
+    # A NaN anywhere in a row makes its total NaN. Such a row, and one that is padding or sees
+    # nothing, has no energy; a NaN row that is real puts all tiles of its query tile in the top bin.
+    sound = real & (total > 0)
+    log_total = tl.where(sound, top + tl.log2(total), float("inf"))
+    spoilt = tl.max(tl.reshape((real & (total != total)).to(tl.int32), [GROUP, ROWS]), 1) > 0
+
+    # Pass 2: shares, transposed so that the sums over rows stay inside a thread.
+    tile = group * GROUP + tl.arange(0, GROUP)
+    to = ((batch.to(tl.int64) * heads + head) * n_m + tile) * n_n  # [GROUP]
+    cell = tl.arange(0, _SIDE)
+    energies = tl.zeros([_SIDE, _SIDE], tl.float32)
+    numbers = tl.zeros([_SIDE, _SIDE], tl.float32)
+    best_rank = tl.full([KEYS, GROUP], float("-inf"), tl.float32)
+    best_key = tl.zeros([KEYS, GROUP], tl.int32)
+    best_energy = tl.zeros([KEYS, GROUP], tl.float32)
+    for start in tl.range(0, n_n, KEYS, num_stages=STAGES):
+        key = start + step
+        middle, spread, log_count = _load_stats(mean, variance, count, key, n_n, KEYS, DIM, BLOCK_D)
+        score = tl.dot(middle, rows.T, input_precision=PRECISION)
+        score = tl.dot(spread, squares.T, score, input_precision=PRECISION)
+        share = score * scale2 + log_count[:, None] - log_total[None, :]
+        share = tl.where(sound[None, :], share, float("-inf"))
+        share = tl.reshape(share, [KEYS, GROUP, ROWS])
+        rank = tl.max(share, 2)
+        mass = tl.sum(tl.exp2(share), 2)
+        visible = (log_count > float("-inf"))[:, None] & (tile < n_m)[None, :]
+        rank = tl.where(spoilt[None, :], 0.0, rank)
+
+        bin_ = tl.floor((rank + OCTAVES) * BINS_PER_OCTAVE)
+        bin_ = tl.minimum(tl.maximum(bin_, 0.0), TOP_BIN).to(tl.int32)
+        stored = (key < n_n)[:, None] & (tile < n_m)[None, :]
+        tl.store(bins + to[None, :] + key[:, None], bin_.to(tl.uint8), mask=stored)
+        if KEEP_ENERGY:
+            kept = tl.where(visible, mass, 0.0)
+            tl.store(energy + to[None, :] + key[:, None], kept, mask=stored)
+
+        better = visible & (rank > best_rank)
+        best_rank = tl.where(better, rank, best_rank)
+        best_key = tl.where(better, key[:, None], best_key)
+        best_energy = tl.where(better, mass, best_energy)
+
+        # The histogram of the step as a product of one-hot matrices, on tensor cores and in a
+        # fixed order. Two fp16 parts carry 22 bits of each energy.
+        flat = tl.reshape(tl.where(visible, bin_, -1), [KEYS * GROUP])
+        weight = tl.reshape(tl.where(visible, mass, 0.0), [KEYS * GROUP]) * _ENERGY_FP16
+        in_row = (cell[:, None] == (flat >> 4)[None, :]).to(tl.float16)
+        in_column = (flat & 15)[:, None] == cell[None, :]
+        weight = tl.where(in_column, weight[:, None], 0.0)
+        coarse = weight.to(tl.float16)
+        fine = (weight - coarse.to(tl.float32)).to(tl.float16)
+        energies = tl.dot(in_row, coarse, energies)
+        energies = tl.dot(in_row, fine, energies)
+        numbers = tl.dot(in_row, in_column.to(tl.float16), numbers)
+
+    # The best tile of each query tile (the first of equals) moves to the top bin.
+    rank = tl.max(best_rank, 0)
+    first = tl.where(best_rank == rank[None, :], best_key, n_n)
+    key = tl.min(first, 0)
+    mass = tl.sum(tl.where(first == key[None, :], best_energy, 0.0), 0) * _ENERGY_FP16
+    found = rank > float("-inf")
+    tl.debug_barrier()  # the loop's stores to bins come first
+    tl.store(bins + to + key, tl.full([GROUP], TOP_BIN, tl.uint8), mask=found)
+    own = tl.floor((rank + OCTAVES) * BINS_PER_OCTAVE)
+    own = tl.minimum(tl.maximum(own, 0.0), TOP_BIN).to(tl.int32)
+    bin_ = cell[:, None] * _SIDE + cell[None, :]
+    leaves = (bin_[:, :, None] == own[None, None, :]) & found[None, None, :]
+    enters = (bin_[:, :, None] == TOP_BIN) & found[None, None, :]
+    moved = enters.to(tl.float32) - leaves.to(tl.float32)
+    numbers += tl.sum(moved, 2)
+    energies += tl.sum(moved * mass[None, None, :], 2)
+
+    unit = tl.floor(tl.maximum(energies, 0.0) * (ENERGY_UNIT / _ENERGY_FP16) + 0.5).to(tl.int64)
+    tl.atomic_add(histogram + bin_, unit, mask=unit > 0, sem="relaxed")
+    number = (numbers + 0.5).to(tl.int64)
+    tl.atomic_add(histogram + TOP_BIN + 1 + bin_, number, mask=number > 0, sem="relaxed")
