@@ -24,7 +24,7 @@ def cef_compile(*arguments: str, cwd: Path | None = None) -> subprocess.Complete
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Terminal output and folder of one small demo."""
     out = tmp_path_factory.mktemp("demo")
-    options = "demo --steps 2 --size 64 --frames 4 --device cpu --out"
+    options = "demo --steps 2 --size 64 --frames 8 --device cpu --out"
     result = cef_compile(*options.split(), str(out))
     assert result.returncode == 0, result.stderr
     return result.stdout, out
@@ -41,12 +41,14 @@ class TestDemo:
         paths = [node["path"] for node in report["nodes"]]
         assert sorted(paths) == [f"blocks.{i}.attn{j}" for i in range(6) for j in (1, 2)]
         for node in report["nodes"]:
+            assert node["decision"] == ("filtered" if node["path"].endswith("attn1") else "dense")
             assert (node["audit"] is not None) == (node["decision"] == "filtered")
-            assert node["kv_len"] == (256 if node["path"].endswith("attn1") else 8)
+            assert node["kv_len"] == (512 if node["path"].endswith("attn1") else 8)
 
     def test_report_has_quality_costs_and_versions(self, demo: tuple[str, Path]) -> None:
         report = json.loads((demo[1] / "report.json").read_text())
-        assert report["settings"]["tokens"] == 256
+        assert report["settings"]["tokens"] == 512
+        assert 0 < report["mean"]["density"] <= 1
         assert set(report["costs"]) == {"eager", "compiled", "filtered"}
         assert all(cost["step_s"] > 0 for cost in report["costs"].values())
         floor = report["quality"]["floor"]["psnr_db"]
@@ -64,7 +66,7 @@ class TestDemo:
 
     def test_pictures_hold_the_frames(self, demo: tuple[str, Path]) -> None:
         with Image.open(demo[1] / "frames.gif") as animation:
-            assert animation.n_frames == 4
+            assert animation.n_frames == 8
         with Image.open(demo[1] / "frames.png") as still:
             assert still.width == 3 * 256 + 2 * 4
 
@@ -73,7 +75,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ("--recall 1.5", "recall must be over 0 and at most 1, got 1.5"),
+            ("--recall 1.5", "recall must be in (0, 1], got 1.5"),
             ("--size 100", "size must be a multiple of 8 from 8 to 256"),
             ("--frames 40", "frames must be from 1 to 16"),
             ("--clip 2", "clip must be from 0 to 1, got 2"),
@@ -107,7 +109,7 @@ class TestErrors:
     def test_no_traceback_in_a_real_process(self, tmp_path: Path) -> None:
         result = cef_compile("demo", "--recall", "0", cwd=tmp_path)
         assert result.returncode == 2
-        expected = "cef-compile demo: error: recall must be over 0 and at most 1, got 0.0\n"
+        expected = "cef-compile demo: error: recall must be in (0, 1], got 0.0\n"
         assert result.stderr == expected
         assert list(tmp_path.iterdir()) == []
 

@@ -17,7 +17,7 @@ from PIL import Image
 from cef_compile.demo import data, defaults, latents, metrics, pictures, sampler
 from cef_compile.demo.environment import environment
 from cef_compile.demo.measure import Cost
-from cef_compile.demo.outcome import Outcome, Quality, join_nodes
+from cef_compile.demo.outcome import Outcome, Quality
 from cef_compile.demo.settings import Settings, SettingsError
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -175,7 +175,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
-            ({"recall": 0.0}, "recall must be over 0 and at most 1, got 0.0"),
+            ({"recall": 0.0}, r"recall must be in \(0, 1\], got 0.0"),
             ({"recall": 1.01}, "got 1.01"),
             ({"recall": math.nan}, "got nan"),
             ({"steps": 0}, "steps must be at least 1, got 0"),
@@ -212,14 +212,15 @@ class TestSettings:
         assert settings.out.is_dir()
 
 
-class TestOutcome:
-    REPORT = (
-        {"path": "a", "ordinal": 0, "kind": "self", "kv_len": 256, "decision": "filtered"},
-        {"path": "a", "ordinal": 1, "kind": "cross", "kv_len": 8, "decision": "dense"},
-    )
-    AUDIT = ({"path": "a", "ordinal": 0, "recall": 0.9, "interval": (0.8, 1.0), "density": 0.5},)
+NODES = (
+    {"path": "a", "ordinal": 0, "kind": "self", "kv_len": 256, "reason": ""},
+    {"path": "a", "ordinal": 1, "kind": "cross", "kv_len": 8, "reason": "short"},
+)
+AUDITED = {"path": "a", "ordinal": 0, "recall": 0.9, "interval": (0.8, 1.0), "density": 0.5}
 
-    def outcome(self, out: Path) -> Outcome:
+
+class TestOutcome:
+    def outcome(self, out: Path, audit: dict) -> Outcome:
         return Outcome(
             settings=Settings.resolve(device="cpu", out=out),
             environment=environment(),
@@ -227,16 +228,19 @@ class TestOutcome:
             process_peak_bytes=2**31,
             filtered=Quality(40.0, 0.99),
             floor=Quality(math.inf, 1.0),
-            nodes=join_nodes([{**n, "reason": "short_kv"} for n in self.REPORT], self.AUDIT),
+            report={"policy": "Balanced(0.9)", "nodes": NODES},
+            audit=audit,
         )
 
-    def test_nodes_are_joined_by_path_and_ordinal(self) -> None:
-        first, second = join_nodes(self.REPORT, self.AUDIT)
-        assert first["audit"] == self.AUDIT[0]
+    def test_nodes_and_audits_are_joined_by_path_and_ordinal(self, tmp_path: Path) -> None:
+        audit = {"recall": 0.9, "density": 0.5, "nodes": [AUDITED]}
+        first, second = self.outcome(tmp_path, audit).nodes
+        assert first["audit"] == AUDITED
         assert second["audit"] is None
 
     def test_files(self, tmp_path: Path) -> None:
-        outcome = self.outcome(tmp_path)
+        audit = {"recall": 0.9, "density": 0.5, "nodes": [AUDITED]}
+        outcome = self.outcome(tmp_path, audit)
         outcome.write(tmp_path)
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["quality"]["floor"] == {"psnr_db": None, "ssim": 1.0}
@@ -246,11 +250,10 @@ class TestOutcome:
         text = (tmp_path / "report.txt").read_text()
         assert str(outcome) in text
         assert "the times mean nothing" in text
-        assert "0.900 (0.800 to 1.000)" in text
-        assert "dense: short_kv" in text
+        assert "0.800 .. 1.000" in text
+        assert "dense: short" in text
 
-    def test_nothing_filtered(self, tmp_path: Path) -> None:
-        outcome = self.outcome(tmp_path)
-        dense = Outcome(**{**vars(outcome), "nodes": join_nodes(outcome.nodes[1:], [])})
-        assert dense.means() is None
-        assert "mean of filtered" not in str(dense)
+    def test_nothing_filtered_is_null_in_json(self, tmp_path: Path) -> None:
+        outcome = self.outcome(tmp_path, {"recall": math.nan, "density": math.nan, "nodes": []})
+        assert outcome.to_dict()["mean"] == {"recall": None, "density": None}
+        assert "no node was filtered" in str(outcome)

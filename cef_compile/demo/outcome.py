@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any, Final
 
 from cef_compile.demo.environment import describe
 from cef_compile.demo.measure import Cost
 from cef_compile.demo.metrics import Video, psnr, ssim
 from cef_compile.demo.settings import Settings
+from cef_compile.report.table import number, text_table
 
 CPU_NOTE: Final = """\
 NOTE: this ran on a CPU, where the filter is a PyTorch reference, made to be read and checked.
@@ -48,8 +48,19 @@ class Outcome:
     filtered: Quality
     floor: Quality
     """Compiled dense against eager dense: the difference that rounding alone makes."""
-    nodes: Sequence[Mapping[str, Any]]
-    """The backend's report of each node, with ``audit`` (``None`` where it stayed dense)."""
+    report: Mapping[str, Any]
+    """What the backend found and decided: its ``report.to_dict()``."""
+    audit: Mapping[str, Any]
+    """What was delivered over the whole video: the audit's ``to_dict()``."""
+
+    @property
+    def nodes(self) -> list[dict[str, Any]]:
+        """Each node of the report with its ``audit`` (``None``: dense, nothing to audit)."""
+        audited = {(node["path"], node["ordinal"]): node for node in self.audit["nodes"]}
+        return [
+            {**node, "audit": audited.get((node["path"], node["ordinal"]))}
+            for node in self.report["nodes"]
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: what is not finite (the PSNR of identical videos) is ``None``."""
@@ -67,17 +78,11 @@ class Outcome:
                 "quality": {"filtered": asdict(self.filtered), "floor": asdict(self.floor)},
                 "costs": {way: asdict(cost) for way, cost in self.costs.items()},
                 "process_peak_bytes": self.process_peak_bytes,
-                "mean": self.means(),
-                "nodes": list(self.nodes),
+                "policy": self.report["policy"],
+                "mean": {key: self.audit[key] for key in ("recall", "density")},
+                "nodes": self.nodes,
             }
         )
-
-    def means(self) -> dict[str, float] | None:
-        """Achieved recall and density, mean over the filtered nodes; ``None`` without any."""
-        audits = [node["audit"] for node in self.nodes if node["audit"]]
-        if not audits:
-            return None
-        return {key: mean(audit[key] for audit in audits) for key in ("recall", "density")}
 
     def write(self, folder: Path) -> None:
         """``report.json`` and ``report.txt``, the latter with the environment."""
@@ -99,55 +104,37 @@ class Outcome:
         return "\n\n".join(parts)
 
     def _node_table(self) -> str:
-        rows = [("node", "kind", "keys", "decision", "achieved recall (95 %)", "density")]
+        header = ["node", "kind", "keys", "decision", "recall", "95 % interval", "density"]
+        rows = []
         for node in self.nodes:
-            name = f"{node['path']}#{node['ordinal']}" if node["ordinal"] else str(node["path"])
-            row = (name, str(node["kind"]), str(node["kv_len"]))
+            row = [f"{node['path']}#{node['ordinal']}", node["kind"], str(node["kv_len"])]
             if audit := node["audit"]:
-                low, high = audit["interval"]
-                achieved = f"{audit['recall']:.3f} ({low:.3f} to {high:.3f})"
-                rows.append((*row, str(node["decision"]), achieved, f"{audit['density']:.3f}"))
+                interval = " .. ".join(map(number, audit["interval"]))
+                row += ["filtered", number(audit["recall"]), interval, number(audit["density"])]
             else:
-                rows.append((*row, f"{node['decision']}: {node['reason']}", "1", "1"))
-        if means := self.means():
-            achieved = f"{means['recall']:.3f}"
-            rows.append(("mean of filtered", "", "", "", achieved, f"{means['density']:.3f}"))
-        return _table(rows)
+                row += [f"dense: {node['reason']}", "", "", ""]
+            rows.append(row)
+        return f"{text_table(header, rows)}\n{self._mean()}"
+
+    def _mean(self) -> str:
+        if not self.audit["nodes"]:
+            return "no node was filtered"
+        mean = ", ".join(f"{name} {number(self.audit[name])}" for name in ("recall", "density"))
+        return f"mean of the filtered nodes: {mean}"
 
     def _quality_table(self) -> str:
-        rows = [("against eager dense", "PSNR dB", "SSIM")]
-        named = (("filtered", self.filtered), ("compiled dense (floor)", self.floor))
-        rows += [(name, f"{q.psnr_db:.1f}", f"{q.ssim:.4f}") for name, q in named]
-        return _table(rows)
+        named = (("filtered", self.filtered), ("compiled dense (the floor)", self.floor))
+        rows = [[name, number(q.psnr_db, 1), number(q.ssim, 4)] for name, q in named]
+        return text_table(["against eager dense", "PSNR dB", "SSIM"], rows)
 
     def _cost_table(self) -> str:
-        rows = [("way", "first step s", "step s", "device peak GiB")]
+        rows = []
         for way, cost in self.costs.items():
-            peak = "-" if cost.peak_bytes is None else f"{cost.peak_bytes / GIB:.2f}"
-            rows.append((way, f"{cost.first_step_s:.2f}", f"{cost.step_s:.3f}", peak))
-        peak = f"peak memory of the whole process: {self.process_peak_bytes / GIB:.2f} GiB"
-        return f"{_table(rows)}\n{peak}"
-
-
-def join_nodes(
-    report: Iterable[Mapping[str, Any]], audit: Iterable[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Each node of the backend's report with its audit (``None``: not filtered, nothing to audit).
-
-    Nodes are told apart by path and ordinal.
-    """
-    audited = {(node["path"], node["ordinal"]): dict(node) for node in audit}
-    return [{**node, "audit": audited.get((node["path"], node["ordinal"]))} for node in report]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+            peak = None if cost.peak_bytes is None else cost.peak_bytes / GIB
+            rows.append([way, number(cost.first_step_s, 2), number(cost.step_s), number(peak, 2)])
+        header = ["run", "first step s", "step s", "peak GiB on the device"]
+        process = f"peak memory of the whole process: {self.process_peak_bytes / GIB:.2f} GiB"
+        return f"{text_table(header, rows)}\n{process}"
 
 
 def _finite(value: Any) -> Any:

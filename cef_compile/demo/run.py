@@ -16,7 +16,7 @@ from cef_compile.demo.environment import environment
 from cef_compile.demo.latents import shuffle, unshuffle
 from cef_compile.demo.measure import Cost, process_peak_bytes, seconds, steady
 from cef_compile.demo.metrics import Video
-from cef_compile.demo.outcome import Outcome, Quality, join_nodes
+from cef_compile.demo.outcome import Outcome, Quality
 from cef_compile.demo.pictures import side_by_side, write_animation, write_still
 from cef_compile.demo.sampler import add_noise, noise_levels, sample
 from cef_compile.demo.settings import Settings
@@ -49,8 +49,7 @@ def run_demo(settings: Settings) -> Outcome:
         "compiled": torch.compile(model),
         "filtered": torch.compile(model, backend=backend),
     }
-    audit = backend.audit()
-    contexts = {"filtered": audit}
+    audits = {"filtered": backend.audit()}
     videos: dict[str, Video] = {}
     costs: dict[str, Cost] = {}
     with tqdm(total=len(ways) * (1 + settings.steps + TIMED_STEPS), unit="step") as bar:
@@ -58,7 +57,7 @@ def run_demo(settings: Settings) -> Outcome:
             bar.set_description(name)
             one_step = partial(sample, way, start, text, levels[:2], bar.update)
             first_step_s = seconds(one_step, device)
-            with contexts.get(name, nullcontext()):
+            with audits.get(name, nullcontext()) as audit:
                 videos[name] = to_video(sample(way, start, text, levels, bar.update))
             costs[name] = Cost(first_step_s, *steady(one_step, TIMED_STEPS, device))
 
@@ -69,7 +68,8 @@ def run_demo(settings: Settings) -> Outcome:
         process_peak_bytes=process_peak_bytes(),
         filtered=Quality.of(videos["eager"], videos["filtered"]),
         floor=Quality.of(videos["eager"], videos["compiled"]),
-        nodes=join_nodes(backend.report.to_dict()["nodes"], audit.to_dict()["nodes"]),
+        report=backend.report.to_dict(),
+        audit=audit.to_dict(),
     )
     frames = side_by_side(videos["eager"], videos["filtered"])
     write_still(settings.out / "frames.png", frames)

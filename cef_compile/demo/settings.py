@@ -73,7 +73,7 @@ class Settings:
         chosen = _device(device)
         size = SIZE[chosen.type] if size is None else size
         frames = FRAMES[chosen.type] if frames is None else frames
-        _check(0 < recall <= 1, f"recall must be over 0 and at most 1, got {recall}")
+        _check(0 < recall <= 1, f"recall must be in (0, 1], got {recall}")
         _check(steps >= 1, f"steps must be at least 1, got {steps}")
         _check(
             size % TOKEN_PIXELS == 0 and TOKEN_PIXELS <= size <= CLIP_PIXELS,
