@@ -109,6 +109,11 @@ def tiles(length: int, block: int) -> int:
     return -(-length // block)
 
 
+def padded_dim(dim: int) -> int:
+    """Width in which the kernels hold ``dim`` channels: a power of two, 16 at least."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
 def rank_bin(rank: Tensor) -> Tensor:
     """Bin of a share in [0, 1], uint8; NaN goes to the top bin, so that a NaN is never dropped.
 

@@ -49,6 +49,7 @@ def new_output(q: Tensor, v: Tensor) -> Tensor:
 
 
 def full_key_mask(k: Tensor, key_mask: Tensor | None) -> Tensor:
+    """``key_mask`` for every batch, bool ``[B, kv_len]``; all true where there is none."""
     everything = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
     return everything if key_mask is None else key_mask.expand_as(everything)
 
@@ -61,6 +62,7 @@ def by_tile(x: Tensor, block: int) -> Tensor:
 
 
 def new_measures(kept: Tensor, visible: Tensor, estimate: Tensor, log2_threshold: Tensor) -> Tensor:
+    """What a call did, ``[MEASURE_SIZE]``, before an audit."""
     pairs = visible[:, None, None].expand_as(kept).sum()
     measures = torch.full((c.MEASURE_SIZE,), torch.nan, device=kept.device)
     measures[c.MEASURE_DENSITY] = torch.where(pairs > 0, kept.sum() / pairs, 1)

@@ -1,0 +1,44 @@
+"""cef_compile: attention that computes only the tiles that carry the energy.
+
+``torch.compile(model, backend=cef_compile.backend(recall=0.95))`` makes a Diffusion Transformer
+faster without training; ``backend.report`` says what was done and why, ``backend.audit()`` what
+recall was delivered.
+"""
+
+from cef_compile.backend import Backend, backend, named_backend
+from cef_compile.errors import UnsupportedNodeError
+from cef_compile.explain import explain
+from cef_compile.functional import AttentionStats, attention
+from cef_compile.policy import (
+    AttentionNode,
+    Balanced,
+    Decision,
+    Policy,
+    Reason,
+    Rules,
+    Uniform,
+)
+from cef_compile.report import Audit, AuditedNode, Report, ReportedNode
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionNode",
+    "AttentionStats",
+    "Audit",
+    "AuditedNode",
+    "Backend",
+    "Balanced",
+    "Decision",
+    "Policy",
+    "Reason",
+    "Report",
+    "ReportedNode",
+    "Rules",
+    "Uniform",
+    "UnsupportedNodeError",
+    "attention",
+    "backend",
+    "explain",
+    "named_backend",
+]

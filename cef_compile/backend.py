@@ -1,0 +1,327 @@
+"""The torch.compile backend: find -> decide -> rewrite -> inner compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, fx, nn
+
+from cef_compile import inner as inner_compilers
+from cef_compile.decide import Decider
+from cef_compile.errors import UnsupportedNodeError
+from cef_compile.graph import (
+    NO_OWNER,
+    Owner,
+    Site,
+    find_owner,
+    find_sites,
+    parameter_name,
+    rewrite,
+)
+from cef_compile.layers import Layers
+from cef_compile.ops import Phase
+from cef_compile.policy import (
+    Balanced,
+    Decision,
+    PolicyLike,
+    Rules,
+    Uniform,
+    check_policy,
+)
+from cef_compile.report import Audit, Report
+from cef_compile.runtime import FilteredGraph, Layer, ModelState, Switches
+
+DEFAULT_RECALL = 0.95
+"""Recall of a backend that is given neither a recall nor a policy."""
+
+
+class Backend:
+    """A torch.compile backend that filters attention; make one with :func:`backend`.
+
+    One object may compile several models and serves each apart. Pass it as ``backend=`` to
+    ``torch.compile``, ``module.compile`` or diffusers' ``compile_repeated_blocks``.
+    """
+
+    __name__ = "cef"  # what Dynamo calls the compiler in its logs and errors
+
+    def __init__(
+        self,
+        policy: PolicyLike,
+        inner: str | Callable[..., Any],
+        strict: bool,
+        min_kv_len: int | None,
+    ) -> None:
+        self._decider = Decider(policy, strict, min_kv_len)
+        self._inner = inner_compilers.check_inner(inner)
+        self._switches = Switches()
+        self._models: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
+        self._unowned: list[ModelState] = []
+        self._warned: set[str] = set()
+
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any
+    ) -> Callable[..., Any]:
+        """Compile one graph; called by Dynamo.
+
+        Args:
+            gm: graph from Dynamo.
+            example_inputs: its inputs.
+            kwargs: ``mode`` and ``options`` of torch.compile, passed on to the inner compiler.
+
+        Raises:
+            UnsupportedNodeError: with ``strict``, for a node that should be filtered and cannot be.
+        """
+        sites = find_sites(gm)
+        anchor, local_name = _anchor(gm, example_inputs)
+        owner = NO_OWNER if anchor is None else find_owner(example_inputs[anchor], local_name)
+        try:
+            layers, chosen = self._decide(sites, owner)
+        except (UnsupportedNodeError, TypeError, ValueError) as error:
+            raise inner_compilers.surfaced(error) from error
+        self._warn(gm, sites, owner)
+        if not chosen:
+            return inner_compilers.compile_with(self._inner, gm, example_inputs, kwargs)
+        controls = [node.control for node in layers.get(owner)[1]]
+        rewritten = rewrite(gm, example_inputs, list(chosen.items()), controls, Phase.FILTERED)
+        compiled = inner_compilers.compile_with(
+            self._inner, rewritten.module, rewritten.example_inputs, kwargs
+        )
+
+        def find_layer(parameter: Tensor | None) -> Layer:
+            return layers.get(NO_OWNER if parameter is None else find_owner(parameter, local_name))
+
+        return FilteredGraph(compiled, rewritten.outputs, anchor, find_layer, self._switches)
+
+    @property
+    def policy(self) -> PolicyLike:
+        """Who gets how much."""
+        return self._decider.policy
+
+    @property
+    def report(self) -> Report:
+        """What was found, decided and why, and what the last calls did. Synchronises."""
+        models = self._model_states()
+        names = [state.name for state in models]
+        nodes = []
+        for i, state in enumerate(models):
+            twins = names.count(state.name) > 1
+            name = f"{state.name} {names[:i].count(state.name) + 1}" if twins else state.name
+            nodes += [node.reported(name) for node in state.nodes]
+        return Report(repr(self.policy), nodes, self._unmatched())
+
+    @contextmanager
+    def audit(self) -> Iterator[Audit]:
+        """Measure what filtered calls deliver while the block runs; costs about 1 % of dense.
+
+        Yields:
+            an :class:`~cef_compile.report.Audit`, to be read during or after the block.
+        """
+        audit = Audit()
+        self._switches.audits.append(audit)
+        try:
+            yield audit
+        finally:
+            self._switches.audits.remove(audit)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Run dense while the block runs (warm-up steps); nothing is recompiled either way."""
+        self._switches.dense += 1
+        try:
+            yield
+        finally:
+            self._switches.dense -= 1
+
+    def reset(self) -> None:
+        """Forget all histograms and thresholds, so that the next calls repeat the first ones."""
+        for state in self._model_states():
+            state.reset()
+
+    def set_policy(self, policy: PolicyLike) -> None:
+        """Change the policy of what is compiled already, without compiling anything again.
+
+        A node that was compiled dense, or with another filter, rule or certificate than the new
+        policy wants, cannot follow: it runs dense, and the report says so.
+
+        Raises:
+            TypeError: ``policy`` is none.
+            UnsupportedNodeError: with ``strict``, for a node that cannot follow; nothing changes.
+        """
+        check_policy(policy)
+        changes = [
+            (node, self._decider.follow(policy, node.node, node.decision, node.variant))
+            for state in self._model_states()
+            for node in state.nodes
+        ]
+        self._decider.policy = policy
+        for node, decision in changes:
+            node.decide(decision)
+
+    def set_recall(self, recall: float) -> None:
+        """Change the recall of a :class:`Balanced` or :class:`Uniform` policy; see `set_policy`.
+
+        Raises:
+            TypeError: the policy has no single recall.
+            ValueError: ``recall`` is outside (0, 1].
+        """
+        policy = self.policy
+        if not isinstance(policy, (Balanced, Uniform)):
+            raise TypeError(f"{policy!r} has no single recall; use set_policy")
+        self.set_policy(dataclasses.replace(policy, recall=recall))
+
+    def _decide(self, sites: Sequence[Site], owner: Owner) -> tuple[Layers, dict[Site, Decision]]:
+        """The layers of the model at hand, and the sites to compile filtered.
+
+        All layers that may run this graph are asked: what one of them filters is compiled in.
+        """
+        decisions = [[self._decider.decide(s, prefix) for s in sites] for prefix in owner.siblings]
+        chosen = _choose(sites, decisions)
+        layers = Layers(self._decider, self._model_state, sites, chosen)
+        layers.get(owner)
+        return layers, chosen
+
+    def _model_state(self, model: nn.Module | None) -> ModelState:
+        if model is None:
+            state = ModelState("(unnamed)")
+            self._unowned.append(state)
+            return state
+        if model not in self._models:
+            self._models[model] = ModelState(type(model).__name__)
+        return self._models[model]
+
+    def _model_states(self) -> list[ModelState]:
+        return [*self._models.values(), *self._unowned]
+
+    def _unmatched(self) -> list[str]:
+        if not isinstance(self.policy, Rules):
+            return []
+        return self.policy.unmatched(
+            [node.node.path for state in self._model_states() for node in state.nodes]
+        )
+
+    def _warn(self, gm: fx.GraphModule, sites: Sequence[Site], owner: Owner) -> None:
+        """Warn of a graph without attention, and of rules that match nothing; once each."""
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        if owner.prefix or getattr(reason, "graph_break", False):
+            return  # only a part of the model: what is missing may be in another graph
+        if not sites and not any(state.nodes for state in self._model_states()):
+            self._warn_once(
+                "cef_compile found no attention in the compiled graph, which runs as it would"
+                " without this backend; cef_compile.explain(model, *args) shows what was seen"
+            )
+        for pattern in self._unmatched():
+            self._warn_once(
+                f"rule {pattern!r} matches no attention node;"
+                " cef_compile.explain(model, *args) lists their paths"
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def backend(
+    recall: float | None = None,
+    *,
+    policy: PolicyLike | None = None,
+    inner: str | Callable[..., Any] = "inductor",
+    strict: bool = False,
+    min_kv_len: int | None = None,
+) -> Backend:
+    """A torch.compile backend that computes only the key tiles that carry the attention energy.
+
+    ``torch.compile(model, backend=cef_compile.backend(recall=0.95))``
+
+    Args:
+        recall: mean over the model's filtered nodes of the share of attention energy kept, in
+            (0, 1]: short for ``policy=Balanced(recall)``. 0.95 if neither is given.
+        policy: a :class:`Balanced`, :class:`Uniform` or :class:`Rules`, an object with a method
+            ``decide(node) -> Decision``, or a function of a node.
+        inner: what compiles the rest: "inductor", "aot_eager", "eager", the name of any registered
+            backend, or a function of (graph module, example inputs).
+        strict: raise :class:`UnsupportedNodeError` for a node that the policy wants filtered and
+            that cannot be, in place of keeping it dense.
+        min_kv_len: nodes with fewer keys stay dense; None for the measured break-even of the
+            device.
+
+    Raises:
+        TypeError: ``policy``, ``inner``, ``recall`` or ``min_kv_len`` is of the wrong type.
+        ValueError: ``recall`` is outside (0, 1], both it and a policy are given, ``inner`` is no
+            registered backend, or ``min_kv_len`` is negative.
+    """
+    if recall is not None and policy is not None:
+        raise ValueError(f"give recall or policy, not both; got {recall!r} and {policy!r}")
+    if policy is None:
+        policy = Balanced(DEFAULT_RECALL if recall is None else recall)
+    return Backend(policy, inner, strict, min_kv_len)
+
+
+def _choose(sites: Sequence[Site], decisions: list[list[Decision]]) -> dict[Site, Decision]:
+    """The sites that some layer wants filtered, each with the first such decision."""
+    chosen = {}
+    for i, site in enumerate(sites):
+        wanted = [layer[i] for layer in decisions if not layer[i].is_dense]
+        if wanted:
+            chosen[site] = wanted[0]
+    return chosen
+
+
+def _anchor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[int | None, str]:
+    """Index and name of the first graph input that is a named parameter."""
+    for i, value in enumerate(example_inputs):
+        if isinstance(value, nn.Parameter):
+            name = parameter_name(gm, i)
+            if name:
+                return i, name
+    return None, ""
+
+
+def cef(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend by its registered name: ``torch.compile(model, backend="cef", options={...})``.
+
+    Calls with equal options share one :class:`Backend`, which :func:`named_backend` returns.
+
+    Args:
+        gm, example_inputs, mode: from torch.compile.
+        options: arguments of :func:`backend` by name; all others are Inductor's.
+    """
+    ours = {k: v for k, v in (options or {}).items() if k in _OPTIONS}
+    others = {k: v for k, v in (options or {}).items() if k not in _OPTIONS}
+    kwargs = {k: v for k, v in (("mode", mode), ("options", others)) if v}
+    return named_backend(**ours)(gm, example_inputs, **kwargs)
+
+
+def named_backend(**options: Any) -> Backend:
+    """The :class:`Backend` behind ``backend="cef"`` with these options, for its report or audit.
+
+    Args:
+        options: the arguments of :func:`backend` that were given under ``options=``.
+
+    Raises:
+        TypeError, ValueError: as :func:`backend`.
+    """
+    key = tuple(sorted((name, _hashable(value)) for name, value in options.items()))
+    if key not in _named:
+        _named[key] = backend(**options)
+    return _named[key]
+
+
+_OPTIONS = ("recall", "policy", "inner", "strict", "min_kv_len")
+_named: dict[tuple[Any, ...], Backend] = {}
+"""Dynamo calls a named backend anew for every graph, and a model's graphs belong together."""
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)

@@ -1,0 +1,65 @@
+"""The layers, of one model or several, that a compiled graph is called for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from cef_compile.decide import Decider, join
+from cef_compile.graph import Owner, Site, concrete
+from cef_compile.policy import Decision
+from cef_compile.runtime import Layer, ModelState
+
+
+class Layers:
+    """Node states by model and layer, made when a model is met for the first time.
+
+    Args:
+        decider: decides for each layer's nodes.
+        model_state: finds or makes the state of a model.
+        sites: attention calls of the graph.
+        chosen: those that are compiled filtered, with the decision whose filter is.
+    """
+
+    def __init__(
+        self,
+        decider: Decider,
+        model_state: Callable[[nn.Module | None], ModelState],
+        sites: Sequence[Site],
+        chosen: dict[Site, Decision],
+    ) -> None:
+        self._decider = decider
+        self._model_state = model_state
+        # Sizes are fixed now: once compiled, comparing symbolic ones could add no guard any more.
+        self._sites = [replace(site, node=concrete(site.node)) for site in sites]
+        self._variants = [chosen[site].variant if site in chosen else None for site in sites]
+        self._known: WeakKeyDictionary[nn.Module, dict[str, Layer]] = WeakKeyDictionary()
+
+    def get(self, owner: Owner) -> Layer:
+        """The filtered nodes of a layer, in the order of the graph, and their model.
+
+        Raises:
+            UnsupportedNodeError: a layer wants another filter than the graph was compiled with,
+                and ``strict`` is on.
+        """
+        known = self._known.get(owner.model) if owner.model is not None else None
+        if known is None or owner.prefix not in known:
+            known = self._add(owner)
+            if owner.model is not None:
+                self._known[owner.model] = known
+        return known[owner.prefix]
+
+    def _add(self, owner: Owner) -> dict[str, Layer]:
+        model = self._model_state(owner.model)
+        layers = {}
+        for prefix in owner.siblings:
+            nodes = []
+            for site, variant in zip(self._sites, self._variants, strict=True):
+                node = site.node.at(join(prefix, site.node.path))
+                decision = self._decider.settle(self._decider.decide(site, prefix), node, variant)
+                nodes.append(model.node(node, decision, variant))
+            layers[prefix] = (model, tuple(node for node in nodes if node.variant is not None))
+        return layers

@@ -1,0 +1,209 @@
+"""The op ``cef::attention``: schema, fake kernel, and the only door to the kernels.
+
+It imports torch alone; the Triton kernels are imported at the first call that needs them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cef_compile.kernels import config as c
+from cef_compile.kernels import reference
+from cef_compile.policy import AttentionNode, Decision, Reason
+
+# What tests, benches and the run time need of the plan's layout, so that they need no kernel file.
+RANK_BINS = c.RANK_BINS
+MEASURE_SIZE = c.MEASURE_SIZE
+
+
+class Phase(IntEnum):
+    """What a call does; an input of compiled graphs, so that changing it never recompiles."""
+
+    DENSE = 0
+    FILTERED = 1
+    AUDITED = 2
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What one filtered call did.
+
+    Attributes:
+        density: kept tiles / visible tiles.
+        estimate: recall by the filter's own account: an estimate for "planned", exact for "online".
+        recall: audited recall; NaN where the call was not audited.
+        stderr: standard error of ``recall``.
+        threshold: share at which a tile is kept; NaN where the rule has none.
+    """
+
+    density: float
+    estimate: float
+    recall: float
+    stderr: float
+    threshold: float
+
+    @classmethod
+    def of(cls, measures: Tensor) -> Measures:
+        """Read the op's third output; synchronises with the device."""
+        values = measures.double().tolist()
+        return cls(
+            density=values[c.MEASURE_DENSITY],
+            estimate=values[c.MEASURE_ESTIMATE],
+            recall=values[c.MEASURE_RECALL],
+            stderr=values[c.MEASURE_STDERR],
+            threshold=2.0 ** values[c.MEASURE_LOG2_THRESHOLD],
+        )
+
+
+def new_control(decision: Decision, device: torch.device, seed: int = 0) -> Tensor:
+    """The run-time numbers of a filtered node: ``[CONTROL_SIZE]``, float32.
+
+    Args:
+        decision: a decision that is not dense.
+        device: where the node runs.
+        seed: first seed of the audit's sample.
+    """
+    values = [0.0] * c.CONTROL_SIZE
+    target = decision.density if decision.rule == "top_k" else decision.recall
+    assert target is not None, "a dense node has no control"
+    fixed = decision.log2_threshold
+    values[c.CONTROL_TARGET] = target
+    values[c.CONTROL_LOG2_THRESHOLD] = fixed if fixed is not None else 0.0
+    values[c.CONTROL_FIXED] = float(fixed is not None)
+    values[c.CONTROL_SEED] = float(seed)
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def shared_threshold(histograms: list[Tensor], control: Tensor) -> Tensor:
+    """The control of nodes that share one threshold: their mean recall is the target.
+
+    Args:
+        histograms: one ``[2, RANK_BINS]`` for each node, on one device.
+        control: a control of one of them, for the target and the seed.
+
+    Returns:
+        A new control with the threshold fixed. No host synchronisation.
+    """
+    energy = torch.stack([h[0] for h in histograms]).mean(0)
+    bin_ = c.threshold_bin(energy, control[c.CONTROL_TARGET])
+    shared = control.clone()
+    shared[c.CONTROL_LOG2_THRESHOLD] = c.log2_edge(bin_)
+    shared[c.CONTROL_FIXED] = 1.0
+    return shared
+
+
+def next_seeds(controls: list[Tensor]) -> None:
+    """Advance the audit's seed of each control, in place and on its device."""
+    torch._foreach_add_([control[c.CONTROL_SEED :] for control in controls], 1.0)
+
+
+def default_min_kv_len(device: torch.device) -> int:
+    """kv_len below which filtering does not win on this kind of device."""
+    return c.MIN_KV_LEN.get(device.type, c.MIN_KV_LEN["cpu"])
+
+
+def unsupported(node: AttentionNode) -> tuple[Reason, str] | None:
+    """Why the op cannot compute ``node``, with a detail; None where it can."""
+    if any(len(shape) != 4 for shape in (node.q_shape, node.k_shape, node.v_shape)):
+        return Reason.LAYOUT, f"q is {len(node.q_shape)}-D"
+    if node.requires_grad:
+        return Reason.GRADIENT, "the filters have no backward pass"
+    if node.dropout_p:
+        return Reason.DROPOUT, f"dropout_p={node.dropout_p}"
+    if node.is_causal:
+        return Reason.CAUSAL, "is_causal=True"
+    if node.mask not in ("none", "key_padding"):
+        return Reason.MASK, f"{node.mask} mask"
+    heads, kv_heads = node.q_shape[1], node.k_shape[1]
+    if heads != kv_heads and not (node.enable_gqa and heads % kv_heads == 0):
+        return Reason.HEADS, f"{heads} query heads, {kv_heads} key heads"
+    if node.scale is not None and math.isnan(node.scale):
+        return Reason.SCALE, "scale is computed in the graph"
+    limits = c.LIMITS.get(node.device.type)
+    if limits is None:
+        return Reason.DEVICE, str(node.device)
+    if node.dtype not in limits.dtypes:
+        return Reason.DTYPE, str(node.dtype).removeprefix("torch.")
+    for dim in {node.head_dim, node.v_shape[-1]}:
+        if dim % limits.head_dim_multiple or dim > limits.max_head_dim:
+            return Reason.HEAD_DIM, (
+                f"head_dim {dim}; {node.device.type} takes multiples of"
+                f" {limits.head_dim_multiple} up to {limits.max_head_dim}"
+            )
+    return None
+
+
+def _kernels(q: Tensor) -> ModuleType:
+    """The implementation for the device of ``q``."""
+    if q.device.type == "cpu":
+        return reference
+    from cef_compile.kernels import launch
+
+    return launch
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    control: Tensor,
+    phase: int,
+    scale: float,
+    filter: str,
+    rule: str,
+    certify: str,
+    compensate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if phase == Phase.DENSE:
+        # enable_gqa costs a check even where it is not needed.
+        grouped = q.shape[1] != k.shape[1]
+        dense = F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, enable_gqa=grouped)
+        out = reference.new_output(q, v)
+        if dense.stride() != out.stride():
+            dense = out.copy_(dense)
+        return dense, control.new_zeros(2, RANK_BINS), control.new_full((MEASURE_SIZE,), torch.nan)
+    key_mask = None
+    if attn_mask is not None and q.numel():
+        # A mask of key padding is the same for every head and query.
+        everywhere = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        key_mask = attn_mask.expand(everywhere)[:, 0, 0]
+    options: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "rule": rule}
+    if filter == "planned":
+        options |= {"compensate": compensate, "audited": phase == Phase.AUDITED}
+    else:
+        options |= {"certify": certify}
+    result = getattr(_kernels(q), filter)(q, k, v, control, **options)
+    return result.out, result.histogram, result.measures
+
+
+attention = torch.library.custom_op("cef::attention", _attention, mutates_args=())
+
+
+@attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    control: Tensor,
+    phase: int,
+    scale: float,
+    filter: str,
+    rule: str,
+    certify: str,
+    compensate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        reference.new_output(q, v),
+        control.new_empty(2, RANK_BINS),
+        control.new_empty(MEASURE_SIZE),
+    )

@@ -1,0 +1,154 @@
+"""The policies that come with the library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from cef_compile.policy.decision import Decision, Policy, PolicyLike, ask, check_fraction
+from cef_compile.policy.node import SHORT_CONTEXT, AttentionNode, Reason
+
+BALANCED_GROUP = "balanced"
+REGEX_PREFIX = "re:"
+DEFAULT_PATTERN = "*"
+
+
+def _usual(node: AttentionNode, decision: Decision) -> Decision:
+    """``decision``, unless the node is one that filtering cannot make faster."""
+    if node.kind == "cross" and node.kv_len < SHORT_CONTEXT:
+        return Decision.dense(Reason.CROSS_ATTENTION, f"{node.kv_len} keys")
+    return decision
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every node gets the same recall, with a threshold of its own.
+
+    Args:
+        recall: share of the attention energy to keep in each node, in (0, 1].
+        filter: "planned" or "online".
+        certify: for "online": "mean", "row" or "none".
+
+    Raises:
+        TypeError, ValueError: as :class:`Decision`.
+    """
+
+    recall: float
+    filter: str = "planned"
+    certify: str = ""
+
+    def __post_init__(self) -> None:
+        Decision(self.recall, filter=self.filter, certify=self.certify)
+
+    def decide(self, node: AttentionNode) -> Decision:
+        """Filter the node, unless it is a cross attention to a short context."""
+        decision = Decision(self.recall, filter=self.filter, certify=self.certify)
+        return _usual(node, decision)
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """One threshold for all nodes, so that the model's MEAN recall is the target.
+
+    Nodes whose attention is peaked end above the target and diffuse ones below it, which for the
+    same number of tiles keeps more of what the picture depends on. The threshold is read off the
+    cumulative-energy histograms of the previous forward pass, on the device; in the first pass
+    every node has the target as its own recall.
+
+    Args:
+        recall: mean over the filtered nodes of the share of attention energy kept, in (0, 1].
+
+    Raises:
+        TypeError, ValueError: ``recall`` is no number in (0, 1].
+    """
+
+    recall: float
+
+    def __post_init__(self) -> None:
+        check_fraction("recall", self.recall)
+
+    def decide(self, node: AttentionNode) -> Decision:
+        """Filter the node, unless it is a cross attention to a short context."""
+        return _usual(node, Decision(self.recall, group=BALANCED_GROUP))
+
+
+class Rules:
+    r"""Decisions by module path.
+
+    Precedence: an exact path, then a glob (``blocks.*.attn1``; ``*`` crosses dots), then a regular
+    expression that matches the whole path (``re:blocks\.[0-4]\..*``), then the default ``"*"``;
+    within a class the rule written first wins. A path that no rule matches stays dense.
+
+    Args:
+        rules: from pattern to a recall in (0, 1] (as :class:`Uniform`), None (dense), a
+            :class:`Decision` (taken as it is) or another policy.
+
+    Raises:
+        TypeError: a pattern or a value is of the wrong type.
+        ValueError: a recall is out of range or a regular expression does not compile.
+    """
+
+    def __init__(self, rules: Mapping[str, float | Decision | PolicyLike | None]) -> None:
+        if not isinstance(rules, Mapping):
+            raise TypeError(f"Rules needs a mapping from pattern to recall, got {rules!r}")
+        self._given = dict(rules)
+        self._rules = {pattern: _rule_policy(pattern, value) for pattern, value in rules.items()}
+        self._regexes = {p: _compile(p) for p in self._rules if p.startswith(REGEX_PREFIX)}
+
+    def __repr__(self) -> str:
+        return f"Rules({self._given!r})"
+
+    def decide(self, node: AttentionNode) -> Decision:
+        """The decision of the first rule that matches ``node.path``."""
+        for pattern in self.matches(node.path):
+            return ask(self._rules[pattern], node)
+        return Decision.dense(Reason.POLICY, "no rule matches the path")
+
+    def matches(self, path: str) -> Iterator[str]:
+        """Patterns that match ``path``, the one that counts first."""
+        exact = [p for p in self._rules if p == path and p != DEFAULT_PATTERN]
+        globs = [p for p in self._rules if self._is_glob(p) and fnmatchcase(path, p)]
+        regexes = [p for p, regex in self._regexes.items() if regex.fullmatch(path)]
+        default = [DEFAULT_PATTERN] if DEFAULT_PATTERN in self._rules else []
+        return iter(dict.fromkeys(exact + globs + regexes + default))
+
+    def unmatched(self, paths: list[str]) -> list[str]:
+        """Patterns that match none of ``paths``: misspelt, or for another model."""
+        used = {pattern for path in paths for pattern in self.matches(path)}
+        return [p for p in self._rules if p not in used and p != DEFAULT_PATTERN]
+
+    def _is_glob(self, pattern: str) -> bool:
+        return pattern != DEFAULT_PATTERN and pattern not in self._regexes
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern.removeprefix(REGEX_PREFIX))
+    except re.error as error:
+        raise ValueError(f"rule {pattern!r} is no regular expression: {error}") from error
+
+
+def _rule_policy(pattern: Any, value: Any) -> PolicyLike:
+    """The policy behind one rule."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"a rule's pattern must be a string, got {pattern!r}")
+    if value is None:
+        return _Always(Decision.dense(Reason.POLICY, f"rule {pattern!r}"))
+    if isinstance(value, Decision):
+        return _Always(value)
+    if isinstance(value, Policy) or (callable(value) and not isinstance(value, type)):
+        return value
+    return Uniform(check_fraction(f"the recall of rule {pattern!r}", value))
+
+
+@dataclass(frozen=True)
+class _Always:
+    """The same decision for every node."""
+
+    decision: Decision
+
+    def decide(self, node: AttentionNode) -> Decision:
+        return self.decision

@@ -1,0 +1,122 @@
+"""An attention node as a policy sees it, and the reasons for which one stays dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Literal
+
+import torch
+
+Kind = Literal["self", "cross", "joint"]
+MaskKind = Literal["none", "key_padding", "bool", "float"]
+
+SHORT_CONTEXT = 1024
+"""A cross attention to fewer keys than this is taken for one to text: the text encoders of today's
+models give 77 to 512 tokens, and 16 tiles leave nothing worth dropping."""
+
+
+class Reason(str, Enum):
+    """Why a node is dense; the value is what reports print."""
+
+    POLICY = "the policy says dense"
+    CROSS_ATTENTION = "cross attention to a short context"
+    SHORT_KV_LEN = "kv_len is below the break-even"
+    GRADIENT = "a gradient is needed"
+    DROPOUT = "dropout is on"
+    CAUSAL = "the attention is causal"
+    MASK = "the mask is not one of key padding"
+    DTYPE = "the dtype is not supported"
+    HEAD_DIM = "the head_dim is not supported"
+    LAYOUT = "the inputs are not 4-D (batch, heads, length, head_dim)"
+    HEADS = "query heads are not a multiple of key heads"
+    DEVICE = "the device is not supported"
+    SCALE = "the scale is not known when compiling"
+    SHARED_GRAPH = "layers that share this compiled graph use another filter"
+    NESTED_GRAPH = "the node is inside a higher-order operator"
+    FIXED = "the node was compiled dense"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about it; one sentence."""
+        return _REMEDIES.get(self, "Give this node a recall of None.")
+
+
+_REMEDIES = {
+    Reason.GRADIENT: "Run the model under torch.no_grad() or torch.inference_mode().",
+    Reason.DROPOUT: "Call model.eval() or set dropout_p to 0.",
+    Reason.CAUSAL: "Give this node a recall of None: causal attention is not filtered.",
+    Reason.MASK: "Pass a boolean mask of shape (B, 1, 1, kv_len) or (1, 1, 1, kv_len), or none.",
+    Reason.DTYPE: "Run the model in bfloat16 or float16.",
+    Reason.HEADS: "Pass enable_gqa=True with query heads a multiple of key heads.",
+    Reason.LAYOUT: "Reshape q, k and v to (batch, heads, length, head_dim).",
+    Reason.SCALE: "Pass scale as a Python float.",
+    Reason.SHARED_GRAPH: "Use one filter, rule and certificate for all layers of a class.",
+    Reason.FIXED: "Call torch.compile again with the new policy.",
+}
+
+
+@dataclass(frozen=True)
+class AttentionNode:
+    """One scaled-dot-product attention call of a model.
+
+    Attributes:
+        path: dotted path of the module that makes the call, as of ``model.named_modules()``; empty
+            where it is not known (after a graph break inside a block).
+        ordinal: 0 for the first call under this path in its graph, 1 for the second, and so on.
+        q_shape, k_shape, v_shape: (batch, heads, length, head_dim); symbolic where dynamic.
+        q_stride, k_stride, v_stride: in elements.
+        dtype: of the output, which under autocast may differ from that of the inputs.
+        device: of the inputs.
+        scale: factor of the scores; None means ``head_dim ** -0.5``, NaN that it is computed in the
+            graph.
+        is_causal, dropout_p, enable_gqa: as passed to SDPA; dropout_p NaN if computed in the graph.
+        mask: "none", "key_padding" (bool, the same for every query and head), "bool" or "float".
+        kind: "self", "cross", or "joint" (several token sequences concatenated).
+        requires_grad: whether the output would need a gradient.
+    """
+
+    path: str
+    ordinal: int
+    q_shape: tuple[int, ...]
+    k_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
+    q_stride: tuple[int, ...]
+    k_stride: tuple[int, ...]
+    v_stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    scale: float | None
+    is_causal: bool
+    dropout_p: float
+    enable_gqa: bool
+    mask: MaskKind
+    kind: Kind
+    requires_grad: bool
+
+    @property
+    def q_len(self) -> int:
+        """Number of queries."""
+        return self.q_shape[-2]
+
+    @property
+    def kv_len(self) -> int:
+        """Number of keys."""
+        return self.k_shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.q_shape[-1]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What identifies the node in its model: (path, ordinal)."""
+        return (self.path, self.ordinal)
+
+    def at(self, path: str) -> AttentionNode:
+        """The same call of another layer."""
+        return replace(self, path=path)

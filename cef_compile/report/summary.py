@@ -1,0 +1,132 @@
+"""The report of a backend: every attention node, what was decided and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cef_compile.report.table import number, text_table
+
+
+@dataclass(frozen=True)
+class ReportedNode:
+    """One attention node.
+
+    Attributes:
+        model: class of the model, numbered where a backend serves several of that class.
+        path, ordinal: which call it is.
+        kind: "self", "cross" or "joint".
+        q_shape, kv_shape: (batch, heads, length, head_dim); -1 where a size is not known.
+        dtype, device: of the computation.
+        mask: "none", "key_padding", "bool" or "float".
+        decision: "filtered" or "dense".
+        filter, rule, certify: how it is filtered; empty if dense.
+        recall: wanted recall; None if dense. Of a group's nodes it is the mean that counts.
+        group: name of the group that shares a threshold; None if the node has its own.
+        reason, detail: why it is dense; empty if filtered.
+        calls: filtered calls so far.
+        density, estimated_recall, threshold: of the last filtered call; None before one.
+    """
+
+    model: str
+    path: str
+    ordinal: int
+    kind: str
+    q_shape: tuple[int, ...]
+    kv_shape: tuple[int, ...]
+    dtype: str
+    device: str
+    mask: str
+    decision: str
+    filter: str
+    rule: str
+    certify: str
+    recall: float | None
+    group: str | None
+    reason: str
+    detail: str
+    calls: int
+    density: float | None
+    estimated_recall: float | None
+    threshold: float | None
+
+    @property
+    def q_len(self) -> int:
+        """Number of queries."""
+        return self.q_shape[-2]
+
+    @property
+    def kv_len(self) -> int:
+        """Number of keys."""
+        return self.kv_shape[-2]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a backend found in the graphs that it was given, what was decided, and why.
+
+    Attributes:
+        policy: the policy, as text.
+        nodes: every attention node, in the order of the model.
+        unmatched_rules: patterns of the policy that match no node.
+    """
+
+    policy: str
+    nodes: Sequence[ReportedNode]
+    unmatched_rules: Sequence[str] = ()
+
+    @property
+    def filtered(self) -> list[ReportedNode]:
+        """The nodes that are filtered."""
+        return [node for node in self.nodes if node.decision == "filtered"]
+
+    @property
+    def dense(self) -> list[ReportedNode]:
+        """The nodes that stay dense."""
+        return [node for node in self.nodes if node.decision == "dense"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON: ``policy``, ``nodes``, ``unmatched_rules``."""
+        nodes = [
+            {**asdict(node), "q_len": node.q_len, "kv_len": node.kv_len} for node in self.nodes
+        ]
+        return {
+            "policy": self.policy,
+            "nodes": nodes,
+            "unmatched_rules": list(self.unmatched_rules),
+        }
+
+    def __str__(self) -> str:
+        """A summary, the reasons, and a table with a line for each node."""
+        if not self.nodes:
+            return "No attention node seen yet: run the compiled model once."
+        lines = [
+            f"{len(self.nodes)} attention nodes: {len(self.filtered)} filtered,"
+            f" {len(self.dense)} dense. Policy: {self.policy}"
+        ]
+        lines += [
+            f"  {count} dense: {reason}"
+            for reason, count in Counter(node.reason for node in self.dense).most_common()
+        ]
+        lines += [f"  rule {pattern!r} matches no node" for pattern in self.unmatched_rules]
+        models = len({node.model for node in self.nodes}) > 1
+        header = ["node", "kind", "q x kv", "decision", "recall", "estimate", "density", "why"]
+        rows = [
+            [
+                f"{node.path or '(unnamed)'}#{node.ordinal}",
+                node.kind,
+                f"{node.q_len} x {node.kv_len}",
+                node.filter or "dense",
+                number(node.recall),
+                number(node.estimated_recall),
+                number(node.density),
+                f"{node.reason} ({node.detail})" if node.detail else node.reason,
+            ]
+            for node in self.nodes
+        ]
+        if models:
+            header.insert(0, "model")
+            rows = [[node.model, *row] for node, row in zip(self.nodes, rows, strict=True)]
+        return "\n".join([*lines, "", text_table(header, rows)])

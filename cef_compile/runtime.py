@@ -1,0 +1,232 @@
+"""Run time: which layer a compiled graph is called for, its numbers, and the shared threshold.
+
+A compiled graph may serve many layers and more than one model. Each call is told apart by a
+parameter among its inputs (the anchor); the numbers of that layer's nodes go in as inputs, and the
+histograms and measures that come out are kept for it. Nothing here synchronises with the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cef_compile import ops
+from cef_compile.ops import Phase
+from cef_compile.policy import AttentionNode, Decision
+from cef_compile.report import Audit, ReportedNode
+
+FILL = Decision(1.0)
+"""Stands in for the decision of a layer that is dense in a graph where others are filtered."""
+
+
+@dataclass
+class Switches:
+    """What the user's with-blocks have switched on for the coming calls."""
+
+    dense: int = 0
+    audits: list[Audit] = field(default_factory=list)
+
+    def phase(self, decision: Decision) -> Phase:
+        """What a call does with a node."""
+        if self.dense or decision.is_dense:
+            return Phase.DENSE
+        return Phase.AUDITED if self.audits else Phase.FILTERED
+
+
+class NodeState:
+    """One attention node of one model.
+
+    Attributes:
+        node: the node, with its path in the model and concrete sizes.
+        decision: what is done with it.
+        variant: the filter compiled into its graph; None where it was compiled dense.
+        calls: how often its graph ran with it filtered.
+        control, histogram, measures: its numbers on the device, see :mod:`cef_compile.ops`.
+    """
+
+    def __init__(
+        self, node: AttentionNode, decision: Decision, variant: tuple[Any, ...] | None
+    ) -> None:
+        self.node = node
+        self.decision = decision
+        self.variant = variant
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what earlier calls have shown."""
+        self.calls = 0
+        if self.variant is None:
+            return
+        decision = FILL if self.decision.is_dense else self.decision
+        # Tensors made in inference mode could not be updated outside it later on.
+        with torch.inference_mode(False):
+            self.control = ops.new_control(decision, self.node.device)
+            self.histogram = self.control.new_zeros(2, ops.RANK_BINS)
+            self.measures = self.control.new_zeros(ops.MEASURE_SIZE)
+
+    def decide(self, decision: Decision) -> None:
+        """Take another decision, without another compilation; a node's history stays."""
+        self.decision = decision
+        if self.variant is None:
+            return
+        fresh = ops.new_control(FILL if decision.is_dense else decision, self.node.device)
+        with torch.no_grad():
+            self.control.copy_(fresh)
+
+    def reported(self, model: str) -> ReportedNode:
+        """The node's line in a report. Synchronises with the device."""
+        node, decision = self.node, self.decision
+        last = ops.Measures.of(self.measures) if self.calls else None
+        has_threshold = last is not None and not math.isnan(last.threshold)
+        return ReportedNode(
+            model=model,
+            path=node.path,
+            ordinal=node.ordinal,
+            kind=node.kind,
+            q_shape=node.q_shape,
+            kv_shape=node.k_shape,
+            dtype=str(node.dtype).removeprefix("torch."),
+            device=str(node.device),
+            mask=node.mask,
+            decision="dense" if decision.is_dense else "filtered",
+            filter="" if decision.is_dense else decision.filter,
+            rule="" if decision.is_dense else decision.rule,
+            certify="" if decision.is_dense else decision.certify,
+            recall=decision.recall,
+            group=decision.group,
+            reason="" if decision.reason is None else str(decision.reason),
+            detail=decision.detail,
+            calls=self.calls,
+            density=last.density if last else None,
+            estimated_recall=last.estimate if last else None,
+            threshold=last.threshold if last and has_threshold else None,
+        )
+
+
+class ModelState:
+    """The nodes of one model, and the forward pass that is under way.
+
+    A pass ends when a node is about to run for the second time. Then the nodes of each group that
+    ran in it get the one threshold at which their mean recall is the target.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[NodeState] = []
+        self._ran: dict[tuple[str, int], NodeState] = {}
+
+    def node(
+        self, node: AttentionNode, decision: Decision, variant: tuple[Any, ...] | None
+    ) -> NodeState:
+        """The state of a node; the same one where a graph was compiled again for equal sizes."""
+        for state in self.nodes:
+            same = state.node.key == node.key and state.variant == variant
+            if same and state.node.q_shape == node.q_shape and state.node.k_shape == node.k_shape:
+                return state
+        self.nodes.append(NodeState(node, decision, variant))
+        return self.nodes[-1]
+
+    def begin(self, layer: Sequence[NodeState]) -> None:
+        """A call for these nodes is about to run."""
+        if any(state.node.key in self._ran for state in layer):
+            self._end_pass()
+
+    def finish(self, layer: Sequence[NodeState]) -> None:
+        """These nodes have run filtered, and their histograms are in."""
+        for state in layer:
+            self._ran[state.node.key] = state
+
+    def reset(self) -> None:
+        """Forget all histograms and thresholds."""
+        self._ran.clear()
+        for state in self.nodes:
+            state.reset()
+
+    def _end_pass(self) -> None:
+        groups: dict[tuple[str, float | None, torch.device], list[NodeState]] = {}
+        for state in self._ran.values():
+            decision = state.decision
+            if decision.group is not None and decision.threshold is None:
+                key = (decision.group, decision.recall, state.node.device)
+                groups.setdefault(key, []).append(state)
+        for members in groups.values():
+            controls = [state.control for state in members]
+            shared = ops.shared_threshold([state.histogram for state in members], controls[0])
+            torch._foreach_copy_(controls, [shared] * len(controls))
+        self._ran.clear()
+
+
+Layer = tuple[ModelState, tuple[NodeState, ...]]
+"""The states of a graph's filtered nodes for one anchor, and the model that they belong to."""
+
+
+class FilteredGraph:
+    """A compiled graph with filtered attention, callable with the inputs of the original.
+
+    Args:
+        compiled: takes those inputs, then controls, then phases (see :mod:`cef_compile.graph`).
+        outputs: number of outputs of the original.
+        anchor: index of the input that names the layer; None where no input is a parameter.
+        find_layer: makes the layer for an anchor that was not seen before.
+        switches: the backend's.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Sequence[Any]],
+        outputs: int,
+        anchor: int | None,
+        find_layer: Callable[[Tensor | None], Layer],
+        switches: Switches,
+    ) -> None:
+        self._compiled = compiled
+        self._outputs = outputs
+        self._anchor = anchor
+        self._find_layer = find_layer
+        self._switches = switches
+        self._layers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._only: Layer | None = None
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        """Run the graph for the layer that the arguments belong to."""
+        model, layer = self._layer(args)
+        phases = [self._switches.phase(state.decision) for state in layer]
+        filtered = [s for s, p in zip(layer, phases, strict=True) if p != Phase.DENSE]
+        model.begin(filtered)
+        if self._switches.audits and filtered:
+            ops.next_seeds([state.control for state in filtered])
+        controls = [state.control for state in layer]
+        results = self._compiled(*args, *controls, *(int(phase) for phase in phases))
+        extra = results[self._outputs :]
+        histograms, measures = extra[: len(layer)], extra[len(layer) :]
+        keep = [i for i, phase in enumerate(phases) if phase != Phase.DENSE]
+        if keep:
+            # Copies, since a replayed CUDA graph writes its next results to the same place.
+            with torch.no_grad():
+                torch._foreach_copy_(
+                    [s.histogram for s in filtered] + [s.measures for s in filtered],
+                    [histograms[i] for i in keep] + [measures[i] for i in keep],
+                )
+            for state in filtered:
+                state.calls += 1
+                for audit in self._switches.audits:
+                    audit.add(model.name, state.node, state.decision, state.measures.clone())
+            model.finish(filtered)
+        return results[: self._outputs]
+
+    def _layer(self, args: Sequence[Any]) -> Layer:
+        if self._anchor is None:
+            if self._only is None:
+                self._only = self._find_layer(None)
+            return self._only
+        anchor = args[self._anchor]
+        layer = self._layers.get(anchor)
+        if layer is None:
+            layer = self._layers[anchor] = self._find_layer(anchor)
+        return layer
