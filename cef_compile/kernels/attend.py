@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels.descriptor import describe
 
 _LN2 = tl.constexpr(math.log(2.0))
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -44,8 +44,8 @@ def attend(
         scale: factor of the scores.
         key_mask: bool ``[B or 1, kv_len]``, any strides.
         kept, k_mean, v_mean, key_count: all four, or none: with them every visible tile that is
-            not in ``kept`` takes part as one pseudo-token (its mean key and value, and log of its
-            number of keys).
+            not in ``kept`` takes part as one pseudo-token (its mean key and value, the first
+            columns of contiguous ``[B, Hk, Tn, W]``, and log of its number of keys).
         descriptors: read k and v through TMA descriptors.
         warps, stages: of each program.
 
@@ -60,16 +60,16 @@ def attend(
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if not lse.numel():
         return out, lse
-    block_d = max(16, triton.next_power_of_2(dim))
-    block_dv = max(16, triton.next_power_of_2(value_dim))
+    block_d = c.padded_dim(dim)
+    block_dv = c.padded_dim(value_dim)
     compensate = kept is not None
     mask_batch = 1 if key_mask is None else key_mask.shape[0]
     _attend[(n_m * heads * batch,)](
         q,
         k,
         v,
-        _descriptor(k, block_d) if descriptors else k,
-        _descriptor(v, block_dv) if descriptors else v,
+        describe(k, c.BLOCK_N, block_d) if descriptors else k,
+        describe(v, c.BLOCK_N, block_dv) if descriptors else v,
         k if key_mask is None else key_mask,
         index,
         count,
@@ -95,6 +95,8 @@ def attend(
         0 if mask_batch == 1 else key_mask.stride(0),
         0 if key_mask is None else key_mask.stride(1),
         0 if key_count is None or key_count.shape[0] == 1 else n_n,
+        0 if k_mean is None else k_mean.shape[3],
+        0 if v_mean is None else v_mean.shape[3],
         DIM=dim,
         VALUE_DIM=value_dim,
         BLOCK_D=block_d,
@@ -111,14 +113,6 @@ def attend(
         num_warps=warps,
     )
     return out, lse
-
-
-def _descriptor(x: Tensor, block_d: int) -> TensorDescriptor:
-    """TMA descriptor of one key tile of ``[B, Hk, kv_len, D]``."""
-    # A dimension of size 1 is never stepped over: its stride, which may be anything, is replaced.
-    step = 16 // x.element_size()
-    strides = [s if n > 1 else step for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, c.BLOCK_N, block_d])
 
 
 @triton.jit
@@ -175,6 +169,8 @@ def _attend(
     mask_b,
     mask_l,
     key_count_b,
+    k_mean_n,
+    v_mean_n,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -208,27 +204,29 @@ def _attend(
     q += batch * q_b + head.to(tl.int64) * q_h
     k += batch * k_b + key_head.to(tl.int64) * k_h
     v += batch * v_b + key_head.to(tl.int64) * v_h
-    used = (at < q_len)[:, None] & (dims < DIM)[None, :]
     where = at.to(tl.int64)[:, None] * q_l + dims.to(tl.int64)[None, :] * q_d
-    rows = tl.load(q + where, mask=used, other=0.0)
+    rows = tl.load(q + where, mask=(at < q_len)[:, None] & (dims < DIM)[None, :], other=0.0)
 
     scale2 = scale * _LOG2E
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
+    # The number of the next tile is read one step ahead: its load would stall every step.
+    after = tl.load(index, mask=listed > 0, other=0).to(tl.int32)
     for step in tl.range(0, whole, num_stages=STAGES):
-        first = tl.load(index + step).to(tl.int32) * BLOCK_N
+        first = after * BLOCK_N
+        after = tl.load(index + tl.minimum(step + 1, n_n - 1)).to(tl.int32)
         if DESCRIPTORS:
             keys = k_desc.load([batch.to(tl.int32), key_head, first, 0])
             keys = tl.reshape(keys, [BLOCK_N, BLOCK_D])
             values = v_desc.load([batch.to(tl.int32), key_head, first, 0])
             values = tl.reshape(values, [BLOCK_N, BLOCK_DV])
         else:
-            key = (first + within).to(tl.int64)[:, None]
-            place = k + key * k_l + dims.to(tl.int64)[None, :] * k_d
+            row_at = (first + within).to(tl.int64)[:, None]
+            place = k + row_at * k_l + dims.to(tl.int64)[None, :] * k_d
             keys = tl.load(place, mask=(dims < DIM)[None, :], other=0.0)
-            place = v + key * v_l + value_dims.to(tl.int64)[None, :] * v_d
+            place = v + row_at * v_l + value_dims.to(tl.int64)[None, :] * v_d
             values = tl.load(place, mask=(value_dims < VALUE_DIM)[None, :], other=0.0)
         score = tl.dot(rows, keys.T, input_precision=PRECISION)
         weight, shrink, top, total = _softmax_step(score, top, total, scale2)
@@ -243,12 +241,12 @@ def _attend(
             if HAS_MASK:
                 hidden = batch * mask_b + key.to(tl.int64) * mask_l
                 seen = seen & (tl.load(key_mask + hidden, mask=seen, other=0) != 0)
-            key = key.to(tl.int64)[:, None]
-            place = k + key * k_l + dims.to(tl.int64)[None, :] * k_d
+            row_at = key.to(tl.int64)[:, None]
+            place = k + row_at * k_l + dims.to(tl.int64)[None, :] * k_d
             keys = tl.load(place, mask=seen[:, None] & (dims < DIM)[None, :], other=0.0)
-            place = v + key * v_l + value_dims.to(tl.int64)[None, :] * v_d
-            used = seen[:, None] & (value_dims < VALUE_DIM)[None, :]
-            values = tl.load(place, mask=used, other=0.0)
+            place = v + row_at * v_l + value_dims.to(tl.int64)[None, :] * v_d
+            inside = seen[:, None] & (value_dims < VALUE_DIM)[None, :]
+            values = tl.load(place, mask=inside, other=0.0)
             score = tl.dot(rows, keys.T, input_precision=PRECISION)
             score = tl.where(seen[None, :], score, float("-inf"))
             weight, shrink, top, total = _softmax_step(score, top, total, scale2)
@@ -261,8 +259,8 @@ def _attend(
 
     if COMPENSATE:
         means = batch * (heads // heads_per_key_head) + key_head
-        k_mean += means * n_n * DIM
-        v_mean += means * n_n * VALUE_DIM
+        k_mean += means * n_n * k_mean_n
+        v_mean += means * n_n * v_mean_n
         key_count += batch * key_count_b
         kept += row * n_n
         for start in tl.range(0, n_n, PSEUDO, num_stages=1):
@@ -270,11 +268,10 @@ def _attend(
             keys_in = tl.load(key_count + key, mask=key < n_n, other=0)
             taken = tl.load(kept + key, mask=key < n_n, other=1)
             seen = (keys_in > 0) & (taken == 0)
-            used = seen[:, None] & (dims < DIM)[None, :]
-            keys = tl.load(k_mean + key[:, None] * DIM + dims[None, :], mask=used, other=0.0)
-            used = seen[:, None] & (value_dims < VALUE_DIM)[None, :]
-            place = v_mean + key[:, None] * VALUE_DIM + value_dims[None, :]
-            values = tl.load(place, mask=used, other=0.0)
+            place = k_mean + key[:, None] * k_mean_n + dims[None, :]
+            keys = tl.load(place, mask=seen[:, None], other=0.0)
+            place = v_mean + key[:, None] * v_mean_n + value_dims[None, :]
+            values = tl.load(place, mask=seen[:, None], other=0.0)
             score = tl.dot(rows, keys.T, input_precision=PRECISION)
             score = score * scale2 + tl.log2(keys_in.to(tl.float32))[None, :]
             score = tl.where(seen[None, :], score, float("-inf"))

@@ -46,7 +46,6 @@ def audit(
     n_m, n_n = c.tiles(q_len, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
     total = batch * heads * n_m
     samples = c.audit_samples(total)
-    picks = c.audit_tiles(total, samples, seed) if samples else seed
     splits = max(1, min(_MAX_SPLITS, n_n, _TARGET_PROGRAMS // max(samples, 1)))
     parts = torch.empty(samples, splits, c.BLOCK_M, device=q.device)
     sums = torch.empty(2, samples, device=q.device)
@@ -55,8 +54,9 @@ def audit(
             q,
             k,
             k if key_mask is None else key_mask,
-            picks,
+            seed,
             parts,
+            total,
             q_len,
             kv_len,
             n_m,
@@ -69,7 +69,7 @@ def audit(
             0 if key_mask is None or key_mask.shape[0] == 1 else key_mask.stride(0),
             0 if key_mask is None else key_mask.stride(1),
             DIM=dim,
-            BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            BLOCK_D=c.padded_dim(dim),
             BLOCK_M=c.BLOCK_M,
             BLOCK_N=c.BLOCK_N,
             HAS_MASK=key_mask is not None,
@@ -79,8 +79,9 @@ def audit(
         _recalls[(samples,)](
             lse,
             parts,
-            picks,
+            seed,
             sums,
+            total,
             q_len,
             n_m,
             splits,
@@ -102,12 +103,24 @@ def audit(
 
 
 @triton.jit
+def _pick(seed, sample, samples, total):
+    """The sample's query tile: :func:`~cef_compile.kernels.config.audit_tiles` for one of them."""
+    part = sample.to(tl.int64)
+    bits = tl.load(seed).to(tl.int64) * 0x9E3779B1 + part * 0x85EBCA77 + 0xC2B2AE3D
+    bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    bits = ((bits ^ (bits >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    start = part * total // samples
+    return start + (bits ^ (bits >> 16)) % ((part + 1) * total // samples - start)
+
+
+@triton.jit
 def _energies(
     q,
     k,
     key_mask,
-    picks,
+    seed,
     parts,
+    total_tiles,
     q_len,
     kv_len,
     n_m,
@@ -135,7 +148,7 @@ def _energies(
     """One program per (part of the keys, sample): log2 of the energy of that part, by row."""
     split, sample = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
-    pick = tl.load(picks + sample)
+    pick = _pick(seed, sample, tl.num_programs(1), total_tiles)
     batch = pick // (heads * n_m)
     head = pick // n_m % heads
     at = (pick % n_m) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -172,8 +185,9 @@ def _energies(
 def _recalls(
     lse,
     parts,
-    picks,
+    seed,
     sums,
+    total_tiles,
     q_len,
     n_m,
     splits,
@@ -183,7 +197,7 @@ def _recalls(
 ):
     """One program per sample: sum of the recalls of its rows that see a key, and their number."""
     sample = tl.program_id(0)
-    pick = tl.load(picks + sample)
+    pick = _pick(seed, sample, samples, total_tiles)
     row = tl.arange(0, BLOCK_M)
     split = tl.arange(0, SPLITS)
     place = (sample * splits + split)[:, None] * BLOCK_M + row[None, :]

@@ -1,4 +1,4 @@
-"""Step 1 of the planned filter: mean and per-channel variance of every key tile, one pass over k."""
+"""Step 1 of the planned filter: mean and per-channel variance of every tile, one pass over k."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ class Centroids:
     """What the planned filter knows of the key tiles.
 
     Attributes:
-        mean: mean of the visible keys, ``[B, Hk, Tn, D]`` in the dtype of the keys.
-        variance: their per-channel variance times ``variance_factor``, likewise; None for values.
+        stats: ``[B, Hk, Tn, W]`` in the dtype of the keys: the mean of the visible keys in
+            ``[..., :D]`` and, where asked for, their per-channel variance times the factor in
+            ``[..., P : P + D]`` with P the power of two that holds D; zeros elsewhere. Side by
+            side, so that one matrix product serves both terms of the plan.
         count: number of visible keys, int32 ``[B or 1, Tn]``.
     """
 
-    mean: Tensor
-    variance: Tensor | None
+    stats: Tensor
     count: Tensor
 
 
@@ -44,38 +45,37 @@ def centroids(
     """
     batch, heads, kv_len, dim = x.shape
     n_n = c.tiles(kv_len, c.BLOCK_N)
-    mean = x.new_empty(batch, heads, n_n, dim)
-    variance = None if variance_factor is None else torch.empty_like(mean)
+    block_d = c.padded_dim(dim)
+    width = block_d if variance_factor is None else 2 * block_d
+    stats = x.new_empty(batch, heads, n_n, width)
     count_batch = 1 if key_mask is None else key_mask.shape[0]
-    count = torch.empty(count_batch, n_n, dtype=torch.int32, device=x.device)
-    if mean.numel():
+    count = torch.zeros(count_batch, n_n, dtype=torch.int32, device=x.device)
+    if stats.numel():
         _centroids[(n_n, heads, batch)](
             x,
-            mean,
-            mean if variance is None else variance,
+            stats,
             count,
             x if key_mask is None else key_mask,
             kv_len,
             count_batch,
             0.0 if variance_factor is None else variance_factor,
             *x.stride(),
-            0 if count_batch == 1 else key_mask.stride(0),
+            0 if key_mask is None or count_batch == 1 else key_mask.stride(0),
             0 if key_mask is None else key_mask.stride(1),
             DIM=dim,
-            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_D=block_d,
             BLOCK_N=c.BLOCK_N,
             HAS_MASK=key_mask is not None,
-            HAS_VARIANCE=variance is not None,
+            HAS_VARIANCE=variance_factor is not None,
             num_warps=_WARPS,
         )
-    return Centroids(mean, variance, count)
+    return Centroids(stats, count)
 
 
 @triton.jit
 def _centroids(
     x,
-    mean,
-    variance,
+    stats,
     count,
     key_mask,
     kv_len,
@@ -110,11 +110,12 @@ def _centroids(
     found = tl.sum(seen.to(tl.int32), 0)
     share = 1.0 / tl.maximum(found, 1).to(tl.float32)
     middle = tl.sum(rows, 0) * share
-    to = ((batch.to(tl.int64) * heads + head) * n_n + tile) * DIM + dims
-    tl.store(mean + to, middle.to(mean.dtype.element_ty), mask=dims < DIM)
+    WIDTH: tl.constexpr = 2 * BLOCK_D if HAS_VARIANCE else BLOCK_D
+    stats += ((batch.to(tl.int64) * heads + head) * n_n + tile) * WIDTH
+    tl.store(stats + dims, middle.to(stats.dtype.element_ty))
     if HAS_VARIANCE:
         off = tl.where(used, rows - middle[None, :], 0.0)
         spread = tl.sum(off * off, 0) * (share * variance_factor)
-        tl.store(variance + to, spread.to(variance.dtype.element_ty), mask=dims < DIM)
+        tl.store(stats + BLOCK_D + dims, spread.to(stats.dtype.element_ty))
     if head == 0 and batch < count_batch:
         tl.store(count + batch * n_n + tile, found)

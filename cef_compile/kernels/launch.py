@@ -17,12 +17,14 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
 from cef_compile.kernels.centroids import centroids
+from cef_compile.kernels.descriptor import can_describe
 from cef_compile.kernels.lists import lists, threshold
+from cef_compile.kernels import online as _online
 from cef_compile.kernels.plan import plan, variance_factor
 from cef_compile.kernels.tuning import TUNINGS, Tuning
 
-_TMA_ALIGNMENT = 16
-"""Bytes to which TMA wants a tensor's address and strides aligned."""
+_TMA_ARCHITECTURE = 90
+"""Compute capability from which on GPUs have the tensor memory accelerator."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,9 @@ def planned(
     tuning = _tuning(q, v)
     partial = key_mask is not None or k.shape[2] % c.BLOCK_N != 0
     cents = centroids(k, key_mask, variance_factor=variance_factor(scale))
-    assert cents.variance is not None
     ranked = plan(
         q,
-        cents.mean,
-        cents.variance,
+        cents.stats,
         cents.count,
         scale=scale,
         keep_energy=rule != "threshold",
@@ -120,16 +120,69 @@ def planned(
         scale=scale,
         key_mask=key_mask,
         kept=listed.kept,
-        k_mean=cents.mean if compensate else None,
-        v_mean=centroids(v, key_mask).mean if compensate else None,
+        k_mean=cents.stats if compensate else None,
+        v_mean=centroids(v, key_mask).stats if compensate else None,
         key_count=cents.count if compensate else None,
-        descriptors=_takes_descriptors(k) and _takes_descriptors(v),
+        descriptors=_descriptors(k, v),
         warps=tuning.attend_warps,
         stages=tuning.attend_stages,
     )
     if audited:
         audit(q, k, lse, control[c.CONTROL_SEED], measures, scale=scale, key_mask=key_mask)
     return Output(out, lse, curve, measures, listed.index, listed.count[0])
+
+
+def online(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    control: Tensor,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+    rule: str = "share",
+    certify: str = "mean",
+    bound: bool = False,
+    audited: bool = False,
+) -> Output:
+    """Filter in one pass over all key tiles, with a ledger of kept and dropped energy.
+
+    Args:
+        q, k, v, control, scale, key_mask: as for :func:`planned`.
+        rule: one of ``ONLINE_RULES``.
+        certify: one of ``CERTIFICATES``.
+        bound: judge a tile by ``n_j * exp(its maximum)`` instead of its exact energy; the ledger
+            is then a lower bound of the recall.
+        audited: measure the achieved recall on a sample of query tiles, where the ledger does not
+            know it exactly.
+
+    Raises:
+        ValueError: for inputs outside these limits.
+    """
+    _check(q, k, v, control, scale, key_mask)
+    if rule not in c.ONLINE_RULES:
+        raise ValueError(f"rule must be one of {c.ONLINE_RULES}, not {rule!r}")
+    if certify not in c.CERTIFICATES:
+        raise ValueError(f"certify must be one of {c.CERTIFICATES}, not {certify!r}")
+    tuning = _tuning(q, v)
+    out, lse, recall, kept, measures = _online.online(
+        q,
+        k,
+        v,
+        control,
+        scale=scale,
+        key_mask=key_mask,
+        rule=rule,
+        certify=certify,
+        bound=bound,
+        descriptors=_descriptors(k, v),
+        warps=tuning.attend_warps,
+        stages=tuning.attend_stages,
+    )
+    if audited and bound:
+        audit(q, k, lse, control[c.CONTROL_SEED], measures, scale=scale, key_mask=key_mask)
+    curve = torch.zeros(2, c.RANK_BINS, device=q.device)
+    return Output(out, lse, curve, measures, None, kept, recall)
 
 
 def _check(
@@ -187,17 +240,7 @@ def _architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _takes_descriptors(x: Tensor) -> bool:
-    """Whether TMA can read ``x`` here: Hopper or newer, rows contiguous, all else aligned."""
-    if _architecture(x.device) < 90 and x.device.type != "cpu":
-        return False
-    size = x.element_size()
-    return (
-        x.numel() > 0
-        and x.stride(3) == 1
-        and x.data_ptr() % _TMA_ALIGNMENT == 0
-        and all(
-            n == 1 or (s > 0 and s * size % _TMA_ALIGNMENT == 0)
-            for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)
-        )
-    )
+def _descriptors(k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels read k and v by TMA: on Hopper or newer (and in the interpreter)."""
+    capable = k.device.type == "cpu" or _architecture(k.device) >= _TMA_ARCHITECTURE
+    return capable and can_describe(k) and can_describe(v)

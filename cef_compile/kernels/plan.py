@@ -14,6 +14,8 @@ from cef_compile.kernels import config as c
 _LOG2E = tl.constexpr(1.4426950408889634)
 _ENERGY_FP16 = tl.constexpr(512.0)
 """Factor of an energy (a sum of at most 64 shares) before it is split into two fp16 numbers."""
+_LOWEST = tl.constexpr(-3.0e38)
+"""Where a running maximum starts: finite, so that a score of -inf minus it is no NaN."""
 _SIDE = tl.constexpr(16)
 """The histogram is built as a 16 x 16 matrix: bin = 16 * row + column."""
 
@@ -43,8 +45,7 @@ def variance_factor(scale: float) -> float:
 
 def plan(
     q: Tensor,
-    mean: Tensor,
-    variance: Tensor,
+    stats: Tensor,
     count: Tensor,
     *,
     scale: float,
@@ -58,8 +59,8 @@ def plan(
 
     Args:
         q: ``[B, H, q_len, D]``, any strides.
-        mean, variance: ``[B, Hk, Tn, D]`` contiguous, in the dtype of q; the variance times
-            :func:`variance_factor`.
+        stats: of :class:`~cef_compile.kernels.centroids.Centroids`, in the dtype of q, the
+            variance times :func:`variance_factor`.
         count: int32 ``[B or 1, Tn]``, visible keys of each tile.
         scale: factor of the scores.
         keep_energy: also return the energy of every pair.
@@ -75,8 +76,7 @@ def plan(
     if bins.numel():
         _plan[(triton.cdiv(n_m, group_tiles), heads, batch)](
             q,
-            mean,
-            variance,
+            stats,
             count,
             bins,
             histogram if energy is None else energy,
@@ -84,12 +84,12 @@ def plan(
             q_len,
             n_m,
             n_n,
-            heads // mean.shape[1],
+            heads // stats.shape[1],
             0 if count.shape[0] == 1 else n_n,
             scale,
             *q.stride(),
             DIM=dim,
-            BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            BLOCK_D=c.padded_dim(dim),
             BLOCK_M=c.BLOCK_M,
             ROW_STRIDE=c.PLAN_ROW_STRIDE,
             GROUP=group_tiles,
@@ -108,25 +108,18 @@ def plan(
 
 
 @triton.jit
-def _load_stats(mean, variance, count, at, n_n, KEYS, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Mean and variance ``[KEYS, BLOCK_D]`` and log2 of the key count (-inf: not visible)."""
-    dims = tl.arange(0, BLOCK_D)
-    inside = at < n_n
-    used = inside[:, None]
-    if BLOCK_D != DIM:
-        used = used & (dims < DIM)[None, :]
-    to = at[:, None] * DIM + dims[None, :]
-    middle = tl.load(mean + to, mask=used, other=0.0)
-    spread = tl.load(variance + to, mask=used, other=0.0)
-    found = tl.load(count + at, mask=inside, other=0)
-    return middle, spread, tl.log2(found.to(tl.float32))
+def _load_stats(stats, count, key, n_n, WIDTH: tl.constexpr):
+    """Mean and variance of some tiles ``[KEYS, WIDTH]``, log2 of the key count (-inf: hidden)."""
+    inside = key < n_n
+    place = stats + key[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    found = tl.load(count + key, mask=inside, other=0)
+    return tl.load(place, mask=inside[:, None], other=0.0), tl.log2(found.to(tl.float32))
 
 
 @triton.jit
 def _plan(
     q,
-    mean,
-    variance,
+    stats,
     count,
     bins,
     energy,
@@ -163,44 +156,46 @@ def _plan(
     row = tl.arange(0, GROUP * ROWS)
     at = (group * GROUP + row // ROWS) * BLOCK_M + row % ROWS * ROW_STRIDE
     real = at < q_len
-    dims = tl.arange(0, BLOCK_D)
-    used = real[:, None]
-    if BLOCK_D != DIM:
-        used = used & (dims < DIM)[None, :]
+    # A row and, beside it, its squares: against (mean, variance) one product gives both terms.
+    WIDTH: tl.constexpr = 2 * BLOCK_D
+    column = tl.arange(0, WIDTH)
+    dims = column % BLOCK_D
+    used = real[:, None] & (dims < DIM)[None, :]
     q += batch.to(tl.int64) * q_b + head.to(tl.int64) * q_h
     where = at.to(tl.int64)[:, None] * q_l + dims.to(tl.int64)[None, :] * q_d
     rows = tl.load(q + where, mask=used, other=0.0)
-    squares = rows.to(tl.float32)
-    squares = (squares * squares * SQUARE).to(rows.dtype)
+    wide = rows.to(tl.float32)
+    rows = tl.where((column < BLOCK_D)[None, :], rows, (wide * wide * SQUARE).to(rows.dtype))
 
     key_head = batch.to(tl.int64) * (heads // heads_per_key_head) + head // heads_per_key_head
-    mean += key_head * n_n * DIM
-    variance += key_head * n_n * DIM
+    stats += key_head * n_n * WIDTH
     count += batch * count_b
     step = tl.arange(0, KEYS)
     scale2 = scale * _LOG2E
 
-    # Pass 1: log2 of the energy that each row gives all tiles together.
-    top = tl.full([GROUP * ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP * ROWS], tl.float32)
+    # Both passes work on [key tiles, rows], so that the rows stay in shared memory once.
+    # Pass 1: log2 of the energy that each row gives all tiles together. Every place of the step
+    # keeps a running sum of its own; they are put together once, at the end.
+    top = tl.full([KEYS, GROUP * ROWS], _LOWEST, tl.float32)
+    total = tl.zeros([KEYS, GROUP * ROWS], tl.float32)
     for start in tl.range(0, n_n, KEYS, num_stages=STAGES):
-        middle, spread, log_count = _load_stats(
-            mean, variance, count, start + step, n_n, KEYS, DIM, BLOCK_D
-        )
-        score = tl.dot(rows, middle.T, input_precision=PRECISION)
-        score = tl.dot(squares, spread.T, score, input_precision=PRECISION)
-        score = score * scale2 + log_count[None, :]
-        new_top = tl.maximum(top, tl.max(score, 1))
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - anchor) + tl.sum(tl.exp2(score - anchor[:, None]), 1)
-        top = new_top
+        known, log_count = _load_stats(stats, count, start + step, n_n, WIDTH)
+        score = tl.dot(known, rows.T, input_precision=PRECISION)
+        score = score * scale2 + log_count[:, None]
+        rise = score - top
+        part = tl.exp2(-tl.abs(rise))
+        total = tl.where(rise > 0, total * part + 1.0, total + part)
+        top = tl.maximum(top, score)
+    row_top = tl.max(top, 0)
+    total = tl.sum(total * tl.exp2(top - row_top[None, :]), 0)
+    top = row_top
     # A NaN anywhere in a row makes its total NaN. Such a row, and one that is padding or sees
     # nothing, has no energy; a NaN row that is real puts all tiles of its query tile in the top bin.
     sound = real & (total > 0)
     log_total = tl.where(sound, top + tl.log2(total), float("inf"))
     spoilt = tl.max(tl.reshape((real & (total != total)).to(tl.int32), [GROUP, ROWS]), 1) > 0
 
-    # Pass 2: shares, transposed so that the sums over rows stay inside a thread.
+    # Pass 2: the same scores, now as shares of the row.
     tile = group * GROUP + tl.arange(0, GROUP)
     to = ((batch.to(tl.int64) * heads + head) * n_m + tile) * n_n  # [GROUP]
     cell = tl.arange(0, _SIDE)
@@ -211,9 +206,8 @@ def _plan(
     best_energy = tl.zeros([KEYS, GROUP], tl.float32)
     for start in tl.range(0, n_n, KEYS, num_stages=STAGES):
         key = start + step
-        middle, spread, log_count = _load_stats(mean, variance, count, key, n_n, KEYS, DIM, BLOCK_D)
-        score = tl.dot(middle, rows.T, input_precision=PRECISION)
-        score = tl.dot(spread, squares.T, score, input_precision=PRECISION)
+        known, log_count = _load_stats(stats, count, key, n_n, WIDTH)
+        score = tl.dot(known, rows.T, input_precision=PRECISION)
         share = score * scale2 + log_count[:, None] - log_total[None, :]
         share = tl.where(sound[None, :], share, float("-inf"))
         share = tl.reshape(share, [KEYS, GROUP, ROWS])

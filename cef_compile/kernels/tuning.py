@@ -37,8 +37,8 @@ class Tuning:
 
 # First fit wins: newest architecture first, then smallest head_dim.
 TUNINGS: Final = (
-    Tuning(90, False, 64, 4, 3, 2, 64, 4, 3),
-    Tuning(90, False, 128, 4, 3, 2, 64, 4, 2),
+    Tuning(90, False, 64, 4, 3, 2, 64, 4, 2),
+    Tuning(90, False, 128, 4, 2, 1, 64, 4, 2),
     Tuning(90, False, 256, 8, 2, 1, 64, 4, 1),
     Tuning(90, True, 64, 8, 2, 1, 64, 4, 2),
     Tuning(90, True, 128, 8, 2, 1, 64, 4, 1),

@@ -1,0 +1,401 @@
+"""The online filter: one pass over all key tiles with a moving threshold and an exact ledger."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cef_compile.kernels import config as c
+from cef_compile.kernels.descriptor import describe
+
+_LN2 = tl.constexpr(math.log(2.0))
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+_RECALL_UNIT = tl.constexpr(2**30)
+"""Fixed-point units of one row's recall in the sum over rows, which then has no order."""
+_COUNT_BLOCK = 16
+"""Key tiles whose mask is looked at in one step when visible tiles are counted."""
+_WARPS = 4
+
+
+def online(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    control: Tensor,
+    *,
+    scale: float,
+    key_mask: Tensor | None,
+    rule: str,
+    certify: str,
+    bound: bool,
+    descriptors: bool,
+    warps: int,
+    stages: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Filter in one pass over all key tiles, as the reference of the same name does.
+
+    Args:
+        q, k, v, control, scale, key_mask, rule, certify, bound: as for the reference.
+        descriptors: read k and v through TMA descriptors.
+        warps, stages: of each program.
+
+    Returns:
+        out ``[B, H, q_len, Dv]`` in (B, q_len, H, Dv) memory order; lse and recall of each row,
+        float32 ``[B, H, q_len]``; kept tiles int32 ``[B, H, Tm]``; measures ``[MEASURE_SIZE]``.
+    """
+    batch, heads, q_len, dim = q.shape
+    key_heads, kv_len, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    n_m, n_n = c.tiles(q_len, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
+    out = q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+    recall = torch.empty_like(lse)
+    kept = torch.empty(batch, heads, n_m, dtype=torch.int32, device=q.device)
+    sums = torch.zeros(5, dtype=torch.int64, device=q.device)
+    measures = torch.empty(c.MEASURE_SIZE, device=q.device)
+    block_d, block_dv = c.padded_dim(dim), c.padded_dim(value_dim)
+    even = c.BLOCK_N / max(kv_len, 1)
+    if lse.numel():
+        _online[(n_m * heads * batch,)](
+            q,
+            k,
+            v,
+            describe(k, c.BLOCK_N, block_d) if descriptors else k,
+            describe(v, c.BLOCK_N, block_dv) if descriptors else v,
+            k if key_mask is None else key_mask,
+            control,
+            out,
+            lse,
+            recall,
+            kept,
+            sums,
+            q_len,
+            kv_len,
+            n_m,
+            n_n,
+            heads,
+            heads // key_heads if key_heads else 1,
+            scale,
+            even,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *out.stride()[:3],
+            0 if key_mask is None or key_mask.shape[0] == 1 else key_mask.stride(0),
+            0 if key_mask is None else key_mask.stride(1),
+            DIM=dim,
+            VALUE_DIM=value_dim,
+            BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
+            BLOCK_M=c.BLOCK_M,
+            BLOCK_N=c.BLOCK_N,
+            COUNT_BLOCK=_COUNT_BLOCK,
+            RAGGED=kv_len % c.BLOCK_N != 0,
+            HAS_MASK=key_mask is not None,
+            SAME_LENGTH=q_len == kv_len,
+            DESCRIPTORS=descriptors,
+            RULE=rule,
+            CERTIFY=certify,
+            BOUND=bound,
+            STRIDE=c.ONLINE_MAX_STRIDE,
+            TARGET=c.CONTROL_TARGET,
+            LOG2_THRESHOLD=c.CONTROL_LOG2_THRESHOLD,
+            FIXED=c.CONTROL_FIXED,
+            PRECISION=c.DOT_PRECISION if q.dtype == torch.float32 else None,
+            STAGES=stages,
+            num_warps=warps,
+        )
+    _measure[(1,)](
+        sums,
+        control,
+        measures,
+        even,
+        RULE=rule,
+        CERTIFY=certify,
+        BOUND=bound,
+        TARGET=c.CONTROL_TARGET,
+        LOG2_THRESHOLD=c.CONTROL_LOG2_THRESHOLD,
+        FIXED=c.CONTROL_FIXED,
+        DENSITY=c.MEASURE_DENSITY,
+        ESTIMATE=c.MEASURE_ESTIMATE,
+        RECALL=c.MEASURE_RECALL,
+        STDERR=c.MEASURE_STDERR,
+        APPLIED=c.MEASURE_LOG2_THRESHOLD,
+        num_warps=_WARPS,
+    )
+    return out, lse, recall, kept, measures
+
+
+@triton.jit
+def _log2_threshold(
+    control,
+    even,
+    RULE: tl.constexpr,
+    CERTIFY: tl.constexpr,
+    TARGET: tl.constexpr,
+    LOG2_THRESHOLD: tl.constexpr,
+    FIXED: tl.constexpr,
+):
+    """log2 of the threshold given in ``control``, else of the rule's own for the wanted recall."""
+    own = tl.log2((1.0 - tl.load(control + TARGET)) * even)
+    if RULE == "share" and CERTIFY != "none":
+        own = float("inf")
+    return tl.where(tl.load(control + FIXED) > 0, tl.load(control + LOG2_THRESHOLD), own)
+
+
+@triton.jit
+def _affordable(judged, kept, lost, real, budget, left, CERTIFY: tl.constexpr, STRIDE: tl.constexpr):
+    """Whether the budget lets this tile go: that of the query tile, or that of its every row."""
+    spent, cost = lost / kept, judged / kept
+    if CERTIFY == "mean":
+        rows = tl.sum(real.to(tl.float32), 0)
+        spent = tl.sum(tl.where(real, spent, 0.0), 0) / rows
+        cost = tl.sum(tl.where(real, cost, 0.0), 0) / rows
+        return (spent + cost <= budget) & (cost <= STRIDE * (budget - spent) / left)
+    fits = (spent + cost <= budget) & (cost <= STRIDE * (budget - spent) / left)
+    return tl.min((fits | ~real).to(tl.int32), 0) == 1
+
+
+@triton.jit
+def _online(
+    q,
+    k,
+    v,
+    k_desc,
+    v_desc,
+    key_mask,
+    control,
+    out,
+    lse,
+    recall,
+    kept,
+    sums,
+    q_len,
+    kv_len,
+    n_m,
+    n_n,
+    heads,
+    heads_per_key_head,
+    scale,
+    even,
+    q_b,
+    q_h,
+    q_l,
+    q_d,
+    k_b,
+    k_h,
+    k_l,
+    k_d,
+    v_b,
+    v_h,
+    v_l,
+    v_d,
+    out_b,
+    out_h,
+    out_l,
+    mask_b,
+    mask_l,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COUNT_BLOCK: tl.constexpr,
+    RAGGED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    SAME_LENGTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    RULE: tl.constexpr,
+    CERTIFY: tl.constexpr,
+    BOUND: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TARGET: tl.constexpr,
+    LOG2_THRESHOLD: tl.constexpr,
+    FIXED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program per query tile, a head's tiles side by side."""
+    tile = tl.program_id(0) % n_m
+    batch_head = tl.program_id(0) // n_m
+    batch = (batch_head // heads).to(tl.int64)
+    head = batch_head % heads
+    key_head = head // heads_per_key_head
+
+    at = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = at < q_len
+    dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)
+    within = tl.arange(0, BLOCK_N)
+    q += batch * q_b + head.to(tl.int64) * q_h
+    k += batch * k_b + key_head.to(tl.int64) * k_h
+    v += batch * v_b + key_head.to(tl.int64) * v_h
+    key_mask += batch * mask_b
+    where = at.to(tl.int64)[:, None] * q_l + dims.to(tl.int64)[None, :] * q_d
+    rows = tl.load(q + where, mask=real[:, None] & (dims < DIM)[None, :], other=0.0)
+
+    target = tl.load(control + TARGET)
+    budget = (1.0 - target) / target
+    log2_threshold = _log2_threshold(control, even, RULE, CERTIFY, TARGET, LOG2_THRESHOLD, FIXED)
+    threshold = tl.exp2(log2_threshold)
+    filters = target < 1
+
+    visible = n_n
+    if HAS_MASK:
+        visible = 0
+        for first in range(0, n_n, COUNT_BLOCK):
+            key = (first + tl.arange(0, COUNT_BLOCK))[:, None] * BLOCK_N + within[None, :]
+            mask = tl.load(key_mask + key.to(tl.int64) * mask_l, mask=key < kv_len, other=0)
+            visible += tl.sum(tl.max((mask != 0).to(tl.int32), 1), 0)
+
+    if SAME_LENGTH:
+        start = tl.minimum(tile * BLOCK_M // BLOCK_N, n_n - 1)
+    else:
+        start = (tile.to(tl.int64) * n_n // n_m).to(tl.int32)
+    scale2 = scale * _LOG2E
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # What acc is measured against: it moves only when a tile is kept.
+    acc_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    gathered = tl.zeros([BLOCK_M], tl.float32)
+    lost = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    left = visible
+    number = 0
+
+    for step in tl.range(0, n_n, num_stages=STAGES):
+        first = start + step
+        first = tl.where(first >= n_n, first - n_n, first) * BLOCK_N
+        key = first + within
+        if DESCRIPTORS:
+            keys = k_desc.load([batch.to(tl.int32), key_head, first, 0])
+            keys = tl.reshape(keys, [BLOCK_N, BLOCK_D])
+        else:
+            place = key.to(tl.int64)[:, None] * k_l + dims.to(tl.int64)[None, :] * k_d
+            keys = tl.load(
+                k + place, mask=(key < kv_len)[:, None] & (dims < DIM)[None, :], other=0.0
+            )
+        score = tl.dot(rows, keys.T, input_precision=PRECISION)
+        live = True
+        keys_seen = BLOCK_N * 1.0
+        if HAS_MASK:
+            mask = tl.load(key_mask + key.to(tl.int64) * mask_l, mask=key < kv_len, other=0)
+            keys_seen = tl.sum((mask != 0).to(tl.float32), 0)
+            live = keys_seen > 0
+            score = tl.where((mask != 0)[None, :], score, float("-inf"))
+        elif RAGGED:
+            keys_seen = tl.minimum(kv_len - first, BLOCK_N).to(tl.float32)
+            score = tl.where((key < kv_len)[None, :], score, float("-inf"))
+
+        high = tl.max(score, 1) * scale2
+        new_top = tl.maximum(top, high)
+        # Subtracting a top of -inf would make NaN of rows that have met nothing yet.
+        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(score * scale2 - anchor[:, None])
+        exact = tl.sum(weight, 1)
+        shrink = tl.exp2(top - anchor)
+        gathered = gathered * shrink
+        lost = lost * shrink
+        judged = exact
+        if BOUND:
+            judged = keys_seen * tl.exp2(high - anchor)
+        if RULE == "share":
+            small = judged < threshold * (gathered + lost)
+        elif RULE == "lse":
+            small = tl.exp2(high - anchor) < threshold * gathered
+        else:
+            small = high - top < log2_threshold
+        drop = filters & (tl.min((small | ~real).to(tl.int32), 0) == 1)
+        if CERTIFY != "none":
+            drop = drop & _affordable(
+                judged, gathered, lost, real, budget, left.to(tl.float32), CERTIFY, STRIDE
+            )
+        top = new_top
+        if HAS_MASK:
+            drop = drop | ~live  # nothing to lose, nothing to gather
+            left -= live.to(tl.int32)
+        else:
+            left -= 1
+        if drop:
+            lost += judged
+        else:
+            number += 1
+            gathered += exact
+            if DESCRIPTORS:
+                values = v_desc.load([batch.to(tl.int32), key_head, first, 0])
+                values = tl.reshape(values, [BLOCK_N, BLOCK_DV])
+                if HAS_MASK:  # hidden values may be NaN, which a weight of 0 would not cancel
+                    values = tl.where((mask != 0)[:, None], values, 0.0)
+            else:
+                seen = key < kv_len
+                if HAS_MASK:
+                    seen = seen & (mask != 0)
+                place = key.to(tl.int64)[:, None] * v_l + value_dims.to(tl.int64)[None, :] * v_d
+                values = tl.load(
+                    v + place, mask=seen[:, None] & (value_dims < VALUE_DIM)[None, :], other=0.0
+                )
+            acc = acc * tl.exp2(acc_top - anchor)[:, None]
+            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
+            acc_top = new_top
+
+    anchor = tl.where(top == float("-inf"), 0.0, top)
+    gone = gathered == 0
+    mean = acc * (tl.exp2(acc_top - anchor) / tl.where(gone, 1.0, gathered))[:, None]
+    met = gathered + lost
+    mine = tl.where(met == 0, 1.0, gathered / met)
+    to = batch_head.to(tl.int64) * q_len + at
+    tl.store(lse + to, (top + tl.log2(gathered)) * _LN2, mask=real)
+    tl.store(recall + to, mine, mask=real)
+    tl.store(kept + tl.program_id(0), number)
+    out += batch * out_b + head.to(tl.int64) * out_h
+    where = at.to(tl.int64)[:, None] * out_l + value_dims[None, :]
+    used = real[:, None] & (value_dims < VALUE_DIM)[None, :]
+    tl.store(out + where, mean.to(out.dtype.element_ty), mask=used)
+
+    counted = real & (met != 0)  # a row that sees no key has no recall; a NaN row spoils the mean
+    nan = counted & (mine != mine)
+    units = tl.where(counted & (mine == mine), mine, 0.0) * _RECALL_UNIT
+    tl.atomic_add(sums, number.to(tl.int64), sem="relaxed")
+    tl.atomic_add(sums + 1, visible.to(tl.int64), sem="relaxed")
+    tl.atomic_add(sums + 2, tl.sum(tl.floor(units + 0.5).to(tl.int64), 0), sem="relaxed")
+    tl.atomic_add(sums + 3, tl.sum(counted.to(tl.int64), 0), sem="relaxed")
+    tl.atomic_add(sums + 4, tl.sum(nan.to(tl.int64), 0), sem="relaxed")
+
+
+@triton.jit
+def _measure(
+    sums,
+    control,
+    measures,
+    even,
+    RULE: tl.constexpr,
+    CERTIFY: tl.constexpr,
+    BOUND: tl.constexpr,
+    TARGET: tl.constexpr,
+    LOG2_THRESHOLD: tl.constexpr,
+    FIXED: tl.constexpr,
+    DENSITY: tl.constexpr,
+    ESTIMATE: tl.constexpr,
+    RECALL: tl.constexpr,
+    STDERR: tl.constexpr,
+    APPLIED: tl.constexpr,
+):
+    """One program: the measures from the sums over all query tiles."""
+    kept, pairs = tl.load(sums), tl.load(sums + 1)
+    units, rows, nan = tl.load(sums + 2), tl.load(sums + 3), tl.load(sums + 4)
+    density = kept.to(tl.float64) / tl.maximum(pairs, 1).to(tl.float64)
+    recall = units.to(tl.float64) / _RECALL_UNIT / tl.maximum(rows, 1).to(tl.float64)
+    recall = tl.where(rows > 0, recall, 1.0).to(tl.float32)
+    recall = tl.where(nan > 0, float("nan"), recall)
+    applied = _log2_threshold(control, even, RULE, CERTIFY, TARGET, LOG2_THRESHOLD, FIXED)
+    applied = tl.where(applied == float("inf"), float("nan"), tl.maximum(applied, _LOWEST))
+    tl.store(measures + DENSITY, tl.where(pairs > 0, density, 1.0).to(tl.float32))
+    tl.store(measures + ESTIMATE, recall)
+    # The ledger is exact, unless it holds bounds.
+    tl.store(measures + RECALL, float("nan") if BOUND else recall)
+    tl.store(measures + STDERR, float("nan") if BOUND else 0.0)
+    tl.store(measures + APPLIED, applied)
