@@ -59,8 +59,9 @@ class Backend:
         self._decider = Decider(policy, strict, min_kv_len)
         self._inner = inner_compilers.check_inner(inner)
         self._switches = Switches()
+        # A report outlives its model, so the states are held here and the models are not.
+        self._states: list[ModelState] = []
         self._models: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
-        self._unowned: list[ModelState] = []
         self._warned: set[str] = set()
 
     def __call__(
@@ -105,10 +106,9 @@ class Backend:
     @property
     def report(self) -> Report:
         """What was found, decided and why, and what the last calls did. Synchronises."""
-        models = self._model_states()
-        names = [state.name for state in models]
+        names = [state.name for state in self._states]
         nodes = []
-        for i, state in enumerate(models):
+        for i, state in enumerate(self._states):
             twins = names.count(state.name) > 1
             name = f"{state.name} {names[:i].count(state.name) + 1}" if twins else state.name
             nodes += [node.reported(name) for node in state.nodes]
@@ -139,7 +139,7 @@ class Backend:
 
     def reset(self) -> None:
         """Forget all histograms and thresholds, so that the next calls repeat the first ones."""
-        for state in self._model_states():
+        for state in self._states:
             state.reset()
 
     def set_policy(self, policy: PolicyLike) -> None:
@@ -155,7 +155,7 @@ class Backend:
         check_policy(policy)
         changes = [
             (node, self._decider.follow(policy, node.node, node.decision, node.variant))
-            for state in self._model_states()
+            for state in self._states
             for node in state.nodes
         ]
         self._decider.policy = policy
@@ -186,22 +186,19 @@ class Backend:
         return layers, chosen
 
     def _model_state(self, model: nn.Module | None) -> ModelState:
-        if model is None:
-            state = ModelState("(unnamed)")
-            self._unowned.append(state)
-            return state
-        if model not in self._models:
-            self._models[model] = ModelState(type(model).__name__)
-        return self._models[model]
-
-    def _model_states(self) -> list[ModelState]:
-        return [*self._models.values(), *self._unowned]
+        if model is not None and model in self._models:
+            return self._models[model]
+        state = ModelState("(unnamed)" if model is None else type(model).__name__)
+        self._states.append(state)
+        if model is not None:
+            self._models[model] = state
+        return state
 
     def _unmatched(self) -> list[str]:
         if not isinstance(self.policy, Rules):
             return []
         return self.policy.unmatched(
-            [node.node.path for state in self._model_states() for node in state.nodes]
+            [node.node.path for state in self._states for node in state.nodes]
         )
 
     def _warn(self, gm: fx.GraphModule, sites: Sequence[Site], owner: Owner) -> None:
@@ -209,7 +206,7 @@ class Backend:
         reason = getattr(gm, "compile_subgraph_reason", None)
         if owner.prefix or getattr(reason, "graph_break", False):
             return  # only a part of the model: what is missing may be in another graph
-        if not sites and not any(state.nodes for state in self._model_states()):
+        if not sites and not any(state.nodes for state in self._states):
             self._warn_once(
                 "cef_compile found no attention in the compiled graph, which runs as it would"
                 " without this backend; cef_compile.explain(model, *args) shows what was seen"

@@ -52,7 +52,7 @@ def compile_with(
 
     mode, options = kwargs.get("mode"), kwargs.get("options")
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **(options or {})}
-    return compile_fx(gm, example_inputs, config_patches=patches or None)
+    return compile_fx(gm, example_inputs, config_patches=patches or None)  # type: ignore[return-value]
 
 
 def surfaced(error: Exception) -> Exception:
@@ -72,4 +72,4 @@ def surfaced(error: Exception) -> Exception:
 def _init_surfaced(self: Exception, original: Exception) -> None:
     self.__dict__.update(original.__dict__)
     self.args = original.args
-    self.first_useful_frame = None
+    vars(self)["first_useful_frame"] = None

@@ -37,6 +37,7 @@ class Layers:
         self._sites = [replace(site, node=concrete(site.node)) for site in sites]
         self._variants = [chosen[site].variant if site in chosen else None for site in sites]
         self._known: WeakKeyDictionary[nn.Module, dict[str, Layer]] = WeakKeyDictionary()
+        self._unowned: dict[str, Layer] | None = None
 
     def get(self, owner: Owner) -> Layer:
         """The filtered nodes of a layer, in the order of the graph, and their model.
@@ -45,10 +46,12 @@ class Layers:
             UnsupportedNodeError: a layer wants another filter than the graph was compiled with,
                 and ``strict`` is on.
         """
-        known = self._known.get(owner.model) if owner.model is not None else None
+        known = self._unowned if owner.model is None else self._known.get(owner.model)
         if known is None or owner.prefix not in known:
             known = self._add(owner)
-            if owner.model is not None:
+            if owner.model is None:
+                self._unowned = known
+            else:
                 self._known[owner.model] = known
         return known[owner.prefix]
 
