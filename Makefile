@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 # the kernel tests run in Triton's interpreter there.
 TRITON ?= triton==3.7.1
 DEMO_ARGS ?=
+# One thread for each test process: two that fight over the cores take several times as long.
+JOBS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -18,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/cef-compile demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)

@@ -60,7 +60,7 @@ class TestDemo:
     def test_terminal_shows_the_table_and_the_warning(self, demo: tuple[str, Path]) -> None:
         stdout, out = demo
         assert "blocks.5.attn1" in stdout
-        assert "compiled dense (floor)" in stdout
+        assert "compiled dense (the floor)" in stdout
         assert "the times mean nothing" in stdout
         assert stdout.rstrip().endswith(f"written to {out}/")
 
