@@ -1,0 +1,27 @@
+"""Hypothesis profiles: ``ci`` by default, ``nightly`` with HYPOTHESIS_PROFILE=nightly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_COMMON = {
+    # The first example of a shape pays for warming up: no deadline can be right.
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow],
+}
+settings.register_profile("ci", max_examples=20, derandomize=True, **_COMMON)
+settings.register_profile("nightly", max_examples=2000, print_blob=True, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Dynamo without what other tests compiled: diffusers' models share code and its limits."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

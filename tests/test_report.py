@@ -1,0 +1,278 @@
+"""Reports and audits: plain data, tables, the arithmetic over calls."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cef_compile.policy import AttentionNode, Decision, Reason
+from cef_compile.report import Audit, AuditedNode, Report, ReportedNode
+from cef_compile.report.table import number, text_table
+
+FILTERED = ReportedNode(
+    model="Wan",
+    path="blocks.0.attn1",
+    ordinal=0,
+    kind="self",
+    q_shape=(1, 2, 4096, 64),
+    kv_shape=(1, 2, 8192, 64),
+    dtype="bfloat16",
+    device="cpu",
+    mask="none",
+    decision="filtered",
+    filter="planned",
+    rule="threshold",
+    certify="none",
+    recall=0.9,
+    group="balanced",
+    reason="",
+    detail="",
+    calls=3,
+    density=0.25,
+    estimated_recall=0.91,
+    threshold=0.01,
+)
+DENSE = replace(
+    FILTERED,
+    path="blocks.0.attn2",
+    ordinal=1,
+    kind="cross",
+    decision="dense",
+    filter="",
+    rule="",
+    certify="",
+    recall=None,
+    group=None,
+    reason=str(Reason.CROSS_ATTENTION),
+    detail="77 keys",
+    calls=0,
+    density=None,
+    estimated_recall=None,
+    threshold=None,
+)
+
+NODE = AttentionNode(
+    path="a",
+    ordinal=0,
+    q_shape=(1, 1, 4, 8),
+    k_shape=(1, 1, 4, 8),
+    v_shape=(1, 1, 4, 8),
+    q_stride=(1, 1, 1, 1),
+    k_stride=(1, 1, 1, 1),
+    v_stride=(1, 1, 1, 1),
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+    scale=None,
+    is_causal=False,
+    dropout_p=0.0,
+    enable_gqa=False,
+    mask="none",
+    kind="self",
+    requires_grad=False,
+)
+SHARES = st.floats(0, 1, width=32)
+CALLS = st.tuples(SHARES, SHARES, SHARES, st.floats(0, 0.25, width=32), st.floats(-16, 0, width=32))
+"""Density, estimate, recall, its standard error, log2 of the threshold."""
+
+
+class TestReport:
+    def test_plain_data_comes_back_from_json(self) -> None:
+        report = Report("Balanced(recall=0.9)", [FILTERED, DENSE], ["oops.*"])
+        plain = report.to_dict()
+        back = json.loads(json.dumps(plain, allow_nan=False))
+        assert list(back) == ["policy", "nodes", "unmatched_rules"]
+        assert back["policy"] == "Balanced(recall=0.9)"
+        assert back["unmatched_rules"] == ["oops.*"]
+        for node, data in zip(report.nodes, back["nodes"], strict=True):
+            assert (data.pop("q_len"), data.pop("kv_len")) == (4096, 8192)
+            data["q_shape"], data["kv_shape"] = tuple(data["q_shape"]), tuple(data["kv_shape"])
+            assert ReportedNode(**data) == node
+
+    def test_filtered_and_dense(self) -> None:
+        report = Report("p", [FILTERED, DENSE, FILTERED])
+        assert report.filtered == [FILTERED, FILTERED]
+        assert report.dense == [DENSE]
+
+    def test_text_names_every_node_and_reason(self) -> None:
+        nodes = [FILTERED, DENSE, replace(DENSE, path="", detail=""), replace(DENSE, reason="x")]
+        text = str(Report("Balanced(recall=0.9)", nodes, ["oops.*"]))
+        lines = text.splitlines()
+        assert lines[0] == ("4 attention nodes: 1 filtered, 3 dense. Policy: Balanced(recall=0.9)")
+        assert lines[1] == "  2 dense: cross attention to a short context"
+        assert lines[2] == "  1 dense: x"
+        assert lines[3] == "  rule 'oops.*' matches no node"
+        assert lines[5].split() == [
+            "node",
+            "kind",
+            "q",
+            "x",
+            "kv",
+            "decision",
+            "recall",
+            "estimate",
+            "density",
+            "why",
+        ]
+        assert " ".join(lines[7].split()) == (
+            "blocks.0.attn1#0 self 4096 x 8192 planned 0.900 0.910 0.250"
+        )
+        assert lines[8].endswith("cross attention to a short context (77 keys)")
+        assert lines[9].startswith("(unnamed)#1")
+        assert lines[9].endswith("cross attention to a short context")
+        assert len(lines) == 11
+
+    def test_text_shows_the_model_where_there_are_several(self) -> None:
+        one = str(Report("p", [FILTERED, DENSE]))
+        two = str(Report("p", [FILTERED, replace(DENSE, model="Flux")]))
+        assert "Wan" not in one
+        assert "Wan" in two
+        assert "Flux" in two
+
+    def test_no_node(self) -> None:
+        assert "No attention node" in str(Report("p", []))
+        assert Report("p", []).to_dict() == {"policy": "p", "nodes": [], "unmatched_rules": []}
+
+
+def audit_of(calls: list[tuple[float, ...]], **changes) -> Audit:
+    audit = Audit()
+    for call in calls:
+        audit.add("Wan", replace(NODE, **changes), Decision(0.9), torch.tensor(call))
+    return audit
+
+
+class TestAudit:
+    @given(calls=st.lists(CALLS, min_size=1, max_size=6))
+    def test_node_is_the_mean_of_its_calls(self, calls: list[tuple[float, ...]]) -> None:
+        (node,) = audit_of(calls).nodes
+        n = len(calls)
+        density, estimate, recall, stderr, log2 = zip(*calls, strict=True)
+        assert (node.model, node.path, node.ordinal) == ("Wan", "a", 0)
+        assert (node.target, node.calls) == (0.9, n)
+        assert node.density == pytest.approx(sum(density) / n)
+        assert node.estimate == pytest.approx(sum(estimate) / n)
+        assert node.recall == pytest.approx(sum(recall) / n)
+        assert node.recalls == recall
+        assert node.densities == density
+        assert node.threshold == 2.0 ** log2[-1]
+        # Independent samples: variances add, and a mean of n divides by n.
+        half = 1.959964 * math.sqrt(sum(s**2 for s in stderr)) / n
+        low, high = node.interval
+        assert low == pytest.approx(max(node.recall - half, 0), abs=1e-6)
+        assert high == pytest.approx(min(node.recall + half, 1), abs=1e-6)
+        assert 0 <= low <= node.recall <= high <= 1
+
+    @given(st.lists(st.lists(CALLS, min_size=1, max_size=3), min_size=1, max_size=4))
+    def test_model_is_the_mean_of_its_nodes(self, nodes: list[list[tuple[float, ...]]]) -> None:
+        audit = Audit()
+        for i, calls in enumerate(nodes):
+            for call in calls:
+                audit.add("Wan", replace(NODE, ordinal=i), Decision(0.9), torch.tensor(call))
+        recalls = [sum(c[2] for c in calls) / len(calls) for calls in nodes]
+        densities = [sum(c[0] for c in calls) / len(calls) for calls in nodes]
+        assert audit.recall == pytest.approx(sum(recalls) / len(nodes))
+        assert audit.density == pytest.approx(sum(densities) / len(nodes))
+        plain = audit.to_dict()
+        assert plain["recall"] == audit.recall
+        assert plain["density"] == audit.density
+        assert len(plain["nodes"]) == len(nodes)
+
+    def test_nodes_are_told_apart_and_stay_in_order(self) -> None:
+        audit = Audit()
+        names = [("M", "b", 0), ("M", "a", 0), ("M", "a", 1), ("N", "a", 0), ("M", "b", 0)]
+        for model, path, ordinal in names:
+            node = replace(NODE, path=path, ordinal=ordinal)
+            audit.add(model, node, Decision(0.9), torch.zeros(5))
+        found = [(n.model, n.path, n.ordinal, n.calls) for n in audit.nodes]
+        assert found == [("M", "b", 0, 2), ("M", "a", 0, 1), ("M", "a", 1, 1), ("N", "a", 0, 1)]
+
+    def test_target_and_threshold_are_those_of_the_last_call(self) -> None:
+        audit = Audit()
+        audit.add("M", NODE, Decision(0.8), torch.tensor([0.5, 0.8, 0.8, 0.0, -4.0]))
+        audit.add("M", NODE, Decision(0.7), torch.tensor([0.5, 0.8, 0.8, 0.0, math.nan]))
+        (node,) = audit.nodes
+        assert node.target == 0.7
+        assert node.threshold is None
+
+    @given(calls=st.lists(CALLS, min_size=1, max_size=3))
+    def test_plain_data_comes_back_from_json(self, calls: list[tuple[float, ...]]) -> None:
+        audit = audit_of([*calls, (0.5, 0.9, 0.9, 0.0, math.nan)])
+        back = json.loads(json.dumps(audit.to_dict(), allow_nan=False))
+        assert list(back) == ["recall", "density", "nodes"]
+        (data,) = back["nodes"]
+        assert set(data) == {field.name for field in fields(AuditedNode)}
+        for name in ("interval", "recalls", "densities"):
+            data[name] = tuple(data[name])
+        assert [AuditedNode(**data)] == audit.nodes
+
+    def test_text(self) -> None:
+        audit = audit_of([(0.25, 0.9, 0.75, 0.0, -4.0), (0.5, 0.9, 1.0, 0.01, -4.0)], path="")
+        lines = str(audit).splitlines()
+        assert lines[0].split() == [
+            "node",
+            "target",
+            "recall",
+            "95",
+            "%",
+            "interval",
+            "density",
+            "calls",
+        ]
+        assert lines[2].split() == [
+            "(unnamed)#0",
+            "0.900",
+            "0.875",
+            "0.865",
+            "..",
+            "0.885",
+            "0.375",
+            "2",
+        ]
+        assert lines[3] == "mean recall 0.8750, density 0.3750"
+
+    def test_nothing_audited(self) -> None:
+        audit = Audit()
+        assert audit.nodes == []
+        assert math.isnan(audit.recall)
+        assert math.isnan(audit.density)
+        assert "Nothing audited" in str(audit)
+        assert audit.to_dict()["nodes"] == []
+
+
+class TestTable:
+    def test_columns_are_aligned(self) -> None:
+        text = text_table(["name", "n"], [["a", "1.5"], ["longer", "-20"], ["b", ""]])
+        assert text.splitlines() == [
+            "name      n",
+            "------  ---",
+            "a       1.5",
+            "longer  -20",
+            "b",
+        ]
+
+    def test_no_row(self) -> None:
+        assert text_table(["a", "bc"], []).splitlines() == ["a  bc", "-  --"]
+
+    @given(
+        rows=st.lists(st.lists(st.text("ab1 .-", max_size=6), min_size=3, max_size=3), max_size=5)
+    )
+    def test_every_cell_is_in_its_column(self, rows: list[list[str]]) -> None:
+        header = ["x", "yy", "z"]
+        lines = text_table(header, rows).split("\n")
+        widths = [len(dashes) for dashes in lines[1].split("  ")]
+        assert widths == [max(len(r[i]) for r in [header, *rows]) for i in range(3)]
+        for line, row in zip([lines[0], *lines[2:]], [header, *rows], strict=True):
+            starts = [0, widths[0] + 2, widths[0] + widths[1] + 4]
+            cells = [line[s : s + w].strip() for s, w in zip(starts, widths, strict=True)]
+            assert cells == [cell.strip() for cell in row]
+
+    def test_number(self) -> None:
+        assert number(0.12345) == "0.123"
+        assert number(2.0, 1) == "2.0"
+        assert number(None) == number(math.nan) == ""
+        assert number(0.0) == "0.000"
