@@ -10,11 +10,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from cef_compile import __version__
 from cef_compile.demo.defaults import (
     CLIP_FRAMES,
     CLIPS,
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Training-free sparse attention for Diffusion Transformers: "
         "a torch.compile backend with an audited recall.",
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
     for add in COMMANDS:
         add(subparsers)
@@ -132,13 +132,6 @@ def run_env(arguments: argparse.Namespace) -> None:
 
 
 COMMANDS: Final[tuple[Callable[[Subparsers], None], ...]] = (add_demo, add_env)
-
-
-def _version() -> str:
-    try:
-        return version("cef-compile")
-    except PackageNotFoundError:
-        return "unknown (run from a source tree that is not installed)"
 
 
 def _by_device(defaults: Mapping[str, int]) -> str:
