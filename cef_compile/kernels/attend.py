@@ -33,6 +33,7 @@ def attend(
     v_mean: Tensor | None = None,
     key_count: Tensor | None = None,
     descriptors: bool,
+    rows: int,
     warps: int,
     stages: int,
 ) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,7 @@ def attend(
             not in ``kept`` takes part as one pseudo-token (its mean key and value, the first
             columns of contiguous ``[B, Hk, Tn, W]``, and log of its number of keys).
         descriptors: read k and v through TMA descriptors.
-        warps, stages: of each program.
+        rows, warps, stages: of each program; a query tile is shared by ``BLOCK_M / rows`` of them.
 
     Returns:
         out ``[B, H, q_len, Dv]`` in (B, q_len, H, Dv) memory order, and lse float32
@@ -64,7 +65,7 @@ def attend(
     block_dv = c.padded_dim(value_dim)
     compensate = kept is not None
     mask_batch = 1 if key_mask is None else key_mask.shape[0]
-    _attend[(n_m * heads * batch,)](
+    _attend[(n_m * heads * batch * (c.BLOCK_M // rows),)](
         q,
         k,
         v,
@@ -102,6 +103,7 @@ def attend(
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         BLOCK_M=c.BLOCK_M,
+        ROWS=rows,
         BLOCK_N=c.BLOCK_N,
         PSEUDO=_PSEUDO_BLOCK,
         PARTIAL=key_mask is not None or kv_len % c.BLOCK_N != 0,
@@ -176,6 +178,7 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PSEUDO: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -185,8 +188,10 @@ def _attend(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program per query tile, a head's tiles side by side, its longest lists first."""
-    slot = tl.program_id(0)
+    """One program per part of a query tile: head by head, the longest lists of a head first."""
+    PARTS: tl.constexpr = BLOCK_M // ROWS
+    slot = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
     batch_head = slot // n_m
     tile = tl.load(order + slot)
     batch = (batch_head // heads).to(tl.int64)
@@ -197,7 +202,7 @@ def _attend(
     whole = tl.load(count + total_tiles + row)
     index += row * n_n
 
-    at = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tile * BLOCK_M + part * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_D)
     value_dims = tl.arange(0, BLOCK_DV)
     within = tl.arange(0, BLOCK_N)
@@ -208,9 +213,9 @@ def _attend(
     rows = tl.load(q + where, mask=(at < q_len)[:, None] & (dims < DIM)[None, :], other=0.0)
 
     scale2 = scale * _LOG2E
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
 
     # The number of the next tile is read one step ahead: its load would stall every step.
     after = tl.load(index, mask=listed > 0, other=0).to(tl.int32)

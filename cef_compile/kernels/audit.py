@@ -30,6 +30,7 @@ def audit(
     *,
     scale: float,
     key_mask: Tensor | None = None,
+    rows: int,
 ) -> None:
     """Write achieved recall and its standard error into ``measures``.
 
@@ -40,6 +41,7 @@ def audit(
         measures: float32 ``[MEASURE_SIZE]``.
         scale: factor of the scores.
         key_mask: bool ``[B or 1, kv_len]``, any strides.
+        rows: rows of a program; a sampled query tile is shared by ``BLOCK_M / rows`` of them.
     """
     batch, heads, q_len, dim = q.shape
     kv_len, key_heads = k.shape[2], k.shape[1]
@@ -50,7 +52,7 @@ def audit(
     parts = torch.empty(samples, splits, c.BLOCK_M, device=q.device)
     sums = torch.empty(2, samples, device=q.device)
     if samples:
-        _energies[(splits, samples)](
+        _energies[(splits, samples, c.BLOCK_M // rows)](
             q,
             k,
             k if key_mask is None else key_mask,
@@ -71,6 +73,7 @@ def audit(
             DIM=dim,
             BLOCK_D=c.padded_dim(dim),
             BLOCK_M=c.BLOCK_M,
+            ROWS=rows,
             BLOCK_N=c.BLOCK_N,
             HAS_MASK=key_mask is not None,
             PRECISION=c.DOT_PRECISION if q.dtype == torch.float32 else None,
@@ -141,17 +144,19 @@ def _energies(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per (part of the keys, sample): log2 of the energy of that part, by row."""
+    """One program per (part of the keys, sample, part of its rows): log2 of the energy, by row."""
     split, sample = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     pick = _pick(seed, sample, tl.num_programs(1), total_tiles)
     batch = pick // (heads * n_m)
     head = pick // n_m % heads
-    at = (pick % n_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    at = (pick % n_m) * BLOCK_M + row
     dims = tl.arange(0, BLOCK_D)
     within = tl.arange(0, BLOCK_N)
     q += batch * q_b + head * q_h
@@ -159,8 +164,8 @@ def _energies(
     used = (at < q_len)[:, None] & (dims < DIM)[None, :]
     rows = tl.load(q + at[:, None] * q_l + dims[None, :] * q_d, mask=used, other=0.0)
     scale2 = scale * _LOG2E
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     begin = (split.to(tl.int64) * n_n // splits).to(tl.int32)
     end = ((split + 1).to(tl.int64) * n_n // splits).to(tl.int32)
     for step in tl.range(begin, end, num_stages=3):
@@ -177,7 +182,7 @@ def _energies(
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - anchor) + tl.sum(tl.exp2(score - anchor[:, None]), 1)
         top = new_top
-    to = (sample * splits + split) * BLOCK_M + tl.arange(0, BLOCK_M)
+    to = (sample * splits + split) * BLOCK_M + row
     tl.store(parts + to, top + tl.log2(total))
 
 

@@ -32,13 +32,10 @@ INT16_TILES: Final = 32767
 
 DOT_PRECISION: Final = "tf32x3"
 """How the kernels multiply fp32 inputs: three tf32 products on tensor cores, about fp32's error."""
-
-KERNEL_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes that the kernels take, the same one for q, k and v."""
-KERNEL_MAX_HEAD_DIM: Final = 256
-"""Largest head_dim of q, k and v that the kernels take."""
-KERNEL_HEAD_DIM_STEP: Final = 8
-"""head_dim must be a multiple of this."""
+FP32_MAX_HEAD_DIM: Final = 128
+"""The kernels' largest head_dim for fp32 inputs: more does not fit into shared memory."""
+PLAN_PRECISION: Final = "tf32"
+"""How the plan does: it ranks, and ranks as well as from fp16 inputs."""
 
 BINS_PER_OCTAVE: Final = 16
 """Resolution of the cumulative-energy curve: a step of threshold is 2^(1/16), 4.4 %."""

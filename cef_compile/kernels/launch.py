@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels import online as _online
 from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
 from cef_compile.kernels.centroids import centroids
 from cef_compile.kernels.descriptor import can_describe
 from cef_compile.kernels.lists import lists, threshold
-from cef_compile.kernels import online as _online
 from cef_compile.kernels.plan import plan, variance_factor
-from cef_compile.kernels.tuning import TUNINGS, Tuning
+from cef_compile.kernels.tuning import Tuning, find_tuning
 
 _TMA_ARCHITECTURE = 90
 """Compute capability from which on GPUs have the tensor memory accelerator."""
@@ -68,8 +68,8 @@ def planned(
 
     Args:
         q: ``[B, H, q_len, D]``; k ``[B, Hk, kv_len, D]``; v ``[B, Hk, kv_len, Dv]``, ``H`` a
-            multiple of ``Hk``; one dtype of ``KERNEL_DTYPES``, head_dim up to
-            ``KERNEL_MAX_HEAD_DIM``; any strides, honoured without a copy.
+            multiple of ``Hk``; one dtype and head_dims within ``LIMITS["cuda"]``; any strides,
+            honoured without a copy.
         control: float32 ``[CONTROL_SIZE]`` on the same device.
         scale: factor of the scores, above 0.
         key_mask: bool ``[B or 1, kv_len]``, true where a key takes part; any strides.
@@ -124,11 +124,21 @@ def planned(
         v_mean=centroids(v, key_mask).stats if compensate else None,
         key_count=cents.count if compensate else None,
         descriptors=_descriptors(k, v),
+        rows=tuning.attend_rows,
         warps=tuning.attend_warps,
         stages=tuning.attend_stages,
     )
     if audited:
-        audit(q, k, lse, control[c.CONTROL_SEED], measures, scale=scale, key_mask=key_mask)
+        audit(
+            q,
+            k,
+            lse,
+            control[c.CONTROL_SEED],
+            measures,
+            scale=scale,
+            key_mask=key_mask,
+            rows=tuning.attend_rows,
+        )
     return Output(out, lse, curve, measures, listed.index, listed.count[0])
 
 
@@ -176,11 +186,20 @@ def online(
         certify=certify,
         bound=bound,
         descriptors=_descriptors(k, v),
-        warps=tuning.attend_warps,
-        stages=tuning.attend_stages,
+        warps=tuning.online_warps,
+        stages=tuning.online_stages,
     )
     if audited and bound:
-        audit(q, k, lse, control[c.CONTROL_SEED], measures, scale=scale, key_mask=key_mask)
+        audit(
+            q,
+            k,
+            lse,
+            control[c.CONTROL_SEED],
+            measures,
+            scale=scale,
+            key_mask=key_mask,
+            rows=tuning.attend_rows,
+        )
     curve = torch.zeros(2, c.RANK_BINS, device=q.device)
     return Output(out, lse, curve, measures, None, kept, recall)
 
@@ -195,15 +214,16 @@ def _check(
         raise ValueError(f"q, k and v do not fit each other: {shapes}")
     if q.shape[1] and (not k.shape[1] or q.shape[1] % k.shape[1]):
         raise ValueError(f"query heads must be a multiple of key heads: {shapes}")
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in c.KERNEL_DTYPES:
+    limits = c.LIMITS["cuda"]
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in limits.dtypes:
         raise ValueError(
-            f"q, k and v must share one dtype of {c.KERNEL_DTYPES}: {q.dtype}, {k.dtype}, {v.dtype}"
+            f"q, k and v must share one dtype of {limits.dtypes}: {q.dtype}, {k.dtype}, {v.dtype}"
         )
     for dim in (q.shape[3], v.shape[3]):
-        if not 0 < dim <= c.KERNEL_MAX_HEAD_DIM or dim % c.KERNEL_HEAD_DIM_STEP:
+        if not 0 < dim <= limits.max_head_dim or dim % limits.head_dim_multiple:
             raise ValueError(
-                f"head_dim must be a multiple of {c.KERNEL_HEAD_DIM_STEP} up to "
-                f"{c.KERNEL_MAX_HEAD_DIM}, not {dim}"
+                f"head_dim must be a multiple of {limits.head_dim_multiple} up to "
+                f"{limits.max_head_dim}, not {dim}"
             )
     if control.shape != (c.CONTROL_SIZE,) or control.dtype != torch.float32:
         raise ValueError(f"control must be float32 [{c.CONTROL_SIZE}], not {control.dtype}")
@@ -223,12 +243,11 @@ def _check(
 def _tuning(q: Tensor, v: Tensor) -> Tuning:
     """Entry of the table for this device, the larger head_dim and the dtype."""
     dim = max(q.shape[3], v.shape[3])
-    architecture = _architecture(q.device)
     wide = q.dtype == torch.float32
-    for entry in TUNINGS:
-        if architecture >= entry.architecture and dim <= entry.max_dim and wide == entry.wide:
-            return entry
-    raise ValueError(f"no kernel configuration for head_dim {dim} in {q.dtype} on {q.device}")
+    entry = find_tuning(_architecture(q.device), dim, wide=wide)
+    if entry is None:
+        raise ValueError(f"no kernel configuration for head_dim {dim} in {q.dtype} on {q.device}")
+    return entry
 
 
 @functools.cache

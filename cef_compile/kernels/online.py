@@ -148,7 +148,9 @@ def _log2_threshold(
 
 
 @triton.jit
-def _affordable(judged, kept, lost, real, budget, left, CERTIFY: tl.constexpr, STRIDE: tl.constexpr):
+def _affordable(
+    judged, kept, lost, real, budget, left, CERTIFY: tl.constexpr, STRIDE: tl.constexpr
+):
     """Whether the budget lets this tile go: that of the query tile, or that of its every row."""
     spent, cost = lost / kept, judged / kept
     if CERTIFY == "mean":

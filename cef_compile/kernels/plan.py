@@ -100,7 +100,7 @@ def plan(
             TOP_BIN=c.TOP_BIN,
             ENERGY_UNIT=c.ENERGY_UNIT,
             KEEP_ENERGY=keep_energy,
-            PRECISION=c.DOT_PRECISION if q.dtype == torch.float32 else None,
+            PRECISION=c.PLAN_PRECISION if q.dtype == torch.float32 else None,
             STAGES=stages,
             num_warps=warps,
         )
@@ -190,7 +190,7 @@ def _plan(
     total = tl.sum(total * tl.exp2(top - row_top[None, :]), 0)
     top = row_top
     # A NaN anywhere in a row makes its total NaN. Such a row, and one that is padding or sees
-    # nothing, has no energy; a NaN row that is real puts all tiles of its query tile in the top bin.
+    # nothing, has no energy; a real NaN row puts all tiles of its query tile in the top bin.
     sound = real & (total > 0)
     log_total = tl.where(sound, top + tl.log2(total), float("inf"))
     spoilt = tl.max(tl.reshape((real & (total != total)).to(tl.int32), [GROUP, ROWS]), 1) > 0

@@ -1,0 +1,138 @@
+"""What the kernel tests share: the device, layouts, and what a kernel may differ by.
+
+The same tests run on a GPU (``-m gpu``) and, where there is none, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from support import Case, Inputs, cases
+from torch import Tensor
+
+from cef_compile.kernels import config as c
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+MARKS = [pytest.mark.gpu] if ON_GPU else []
+
+# The interpreter's dot is wrong for bf16 (Triton 3.6 to 3.8), so bf16 is left to the GPU.
+DTYPES = (torch.float16, torch.float32, torch.bfloat16)[: 3 if ON_GPU else 2]
+LAYOUTS = ("bhsd", "bshd", "mixed", "expanded", "offset", "channels_first")
+
+KERNEL_CASES = cases(
+    q_len=st.sampled_from([1, 65, 128, 129, 200]),
+    kv_len=st.sampled_from([1, 64, 65, 128, 200, 257]),
+    head_dim=st.sampled_from([8, 16, 24, 40]),
+    value_dim=st.sampled_from([8, 16, 24]),
+)
+
+
+def on_device(x: Inputs) -> Inputs:
+    return x.replace(
+        q=x.q.to(DEVICE),
+        k=x.k.to(DEVICE),
+        v=x.v.to(DEVICE),
+        mask=None if x.mask is None else x.mask.to(DEVICE),
+    )
+
+
+def on_cpu(x: Inputs) -> Inputs:
+    return x.replace(
+        q=x.q.cpu(), k=x.k.cpu(), v=x.v.cpu(), mask=None if x.mask is None else x.mask.cpu()
+    )
+
+
+def laid_out(x: Inputs, layout: str) -> Inputs:
+    """The same numbers behind other strides; what lies between them is NaN."""
+
+    def bshd(t: Tensor) -> Tensor:
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def offset(t: Tensor) -> Tensor:
+        """Rows 3 elements wider than needed, 5 elements into a buffer of NaN."""
+        batch, heads, length, dim = t.shape
+        room = t.new_full((5 + batch * heads * length * (dim + 3),), torch.nan)
+        view = room[5:].view(batch, heads, length, dim + 3)[..., :dim]
+        return view.copy_(t)
+
+    def expanded(t: Tensor) -> Tensor:
+        return t[:, :1].expand_as(t)
+
+    if layout == "bshd":
+        return x.replace(q=bshd(x.q), k=bshd(x.k), v=bshd(x.v))
+    if layout == "mixed":
+        return x.replace(q=x.q.contiguous(), k=bshd(x.k), v=offset(x.v))
+    if layout == "expanded":
+        mask = None if x.mask is None else x.mask[:1].expand_as(x.mask)
+        return x.replace(k=expanded(x.k), v=expanded(x.v), mask=mask)
+    if layout == "offset":
+        return x.replace(q=offset(x.q), k=offset(x.k), v=offset(x.v))
+    if layout == "channels_first":
+        return x.replace(
+            q=x.q.mT.contiguous().mT, k=x.k.mT.contiguous().mT, v=x.v.mT.contiguous().mT
+        )
+    return x.replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous())
+
+
+def listed(index: Tensor, count: Tensor, n_n: int) -> Tensor:
+    """Lists as a mask ``[B, H, Tm, Tn]``; every number at most once and in range."""
+    kept = torch.zeros(*count.shape, n_n, dtype=torch.bool)
+    for at in torch.cartesian_prod(*(torch.arange(n) for n in count.shape)).tolist():
+        b, h, t = at
+        tiles = index[b, h, t, : int(count[b, h, t])].long().cpu()
+        assert len(tiles.unique()) == len(tiles), "a tile is listed twice"
+        kept[b, h, t, tiles] = True
+    return kept
+
+
+def low_precision(x: Inputs, seen: Tensor) -> Tensor:
+    """Attention as a framework does it in the dtype of x: what a kernel's error is measured by.
+
+    Args:
+        x: inputs on the CPU.
+        seen: bool ``[B, H, q_len, kv_len]``.
+    """
+    group = x.q.shape[1] // x.k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (x.k, x.v))
+    if x.mask is not None:
+        k = torch.where(x.mask[:, None, :, None], k, 0)
+        v = torch.where(x.mask[:, None, :, None], v, 0)
+    scores = (x.q.float() @ k.float().mT).to(x.q.dtype).float() * x.scale
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(nan=0.0)
+    return (weights.to(x.q.dtype).float() @ v.float()).to(x.q.dtype)
+
+
+def tie_margin(x: Inputs) -> float:
+    """By how many bins a rank may differ from the formula's: centroids are stored in x's dtype.
+
+    A score is a sum of products of rounded numbers, so it is off by at most the size of the largest
+    |q| . |k| times the rounding; a log2 is BINS_PER_OCTAVE bins, and the row's total, of the same
+    error, doubles it.
+    """
+    if not (x.q.numel() and x.k.numel()):
+        return 0.0
+    q, k = x.q.double(), x.k.nan_to_num(nan=0.0).double()
+    dtype = torch.float16 if x.q.dtype == torch.float32 and ON_GPU else x.q.dtype  # tf32
+    rounding = torch.finfo(dtype).eps
+    products = x.scale * q.abs().amax((0, 1, 2)) @ k.abs().amax((0, 1, 2))
+    squares = x.scale**2 / 2 * q.square().amax((0, 1, 2)) @ k.square().amax((0, 1, 2))
+    return float(2 * c.BINS_PER_OCTAVE * 1.4427 * 2 * rounding * (products + squares)) + 1e-3
+
+
+__all__ = [
+    "DEVICE",
+    "DTYPES",
+    "KERNEL_CASES",
+    "LAYOUTS",
+    "MARKS",
+    "ON_GPU",
+    "Case",
+    "laid_out",
+    "listed",
+    "low_precision",
+    "on_cpu",
+    "on_device",
+    "tie_margin",
+]

@@ -1,0 +1,349 @@
+"""The planned filter's kernels against the reference and against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    KERNEL_CASES,
+    LAYOUTS,
+    MARKS,
+    laid_out,
+    listed,
+    low_precision,
+    on_cpu,
+    on_device,
+    tie_margin,
+)
+from support import Case, Inputs, by_element, control, oracle, same_bits, visible_tiles
+
+from cef_compile.kernels import config as c
+from cef_compile.kernels import launch
+from cef_compile.kernels import reference as ref
+from cef_compile.kernels.centroids import centroids
+from cef_compile.kernels.plan import plan, variance_factor
+from cef_compile.kernels.tuning import find_tuning
+
+pytestmark = MARKS
+
+CONTROLS = st.one_of(
+    st.builds(control, st.sampled_from([0.3, 0.7, 0.9, 0.99, 1.0])),
+    st.builds(control, log2=st.sampled_from([-12.0, -3.0, -1.5, 0.0])),
+)
+
+
+def planned(x: Inputs, numbers: torch.Tensor, **options) -> launch.Output:
+    return launch.planned(x.q, x.k, x.v, numbers.to(DEVICE), **x.options, **options)
+
+
+def kernel_plan(x: Inputs, **tuning):
+    """Bins, energy and histogram of the kernels, for inputs on the device."""
+    known = centroids(x.k, x.mask, variance_factor=variance_factor(x.scale))
+    shape = {"group_tiles": 1, "block_keys": 64, "warps": 4, "stages": 1} | tuning
+    return plan(x.q, known.stats, known.count, scale=x.scale, keep_energy=True, **shape), known
+
+
+@given(case=KERNEL_CASES, dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
+def test_centroids(case: Case, dtype: torch.dtype, layout: str) -> None:
+    x = laid_out(on_device(case.make(dtype)), layout)
+    known = centroids(x.k, x.mask, variance_factor=0.5)
+    y = on_cpu(x)
+    wanted = ref.centroids(y.k, y.mask)
+    dim = case.head_dim
+    padded = c.padded_dim(dim)
+    eps = torch.finfo(dtype).eps
+    size = y.k.float().abs().max()
+    assert torch.equal(known.count.cpu().expand_as(wanted.count), wanted.count.int())
+    mean, spread = known.stats.cpu().float().split(padded, -1)
+    torch.testing.assert_close(mean[..., :dim], wanted.mean, rtol=eps, atol=1e-6 * size)
+    tiny = 1e-6 * size**2 + torch.finfo(dtype).tiny
+    torch.testing.assert_close(
+        spread[..., :dim], wanted.variance / 2, rtol=eps + 1e-5, atol=float(tiny)
+    )
+    assert not mean[..., dim:].any()
+    assert not spread[..., dim:].any()
+
+
+@given(
+    case=KERNEL_CASES,
+    dtype=st.sampled_from(DTYPES),
+    group_tiles=st.sampled_from([1, 2]),
+    block_keys=st.sampled_from([64, 128]),
+)
+def test_plan(case: Case, dtype: torch.dtype, group_tiles: int, block_keys: int) -> None:
+    """Bins are the reference's within the tie margin; the histogram is that of the bins."""
+    x = case.make(dtype)
+    ranked, _ = kernel_plan(on_device(x), group_tiles=group_tiles, block_keys=block_keys)
+    wanted = ref.plan(x.q, ref.centroids(x.k, x.mask), x.scale)
+    seen = visible_tiles(x)[:, None, None].expand_as(wanted.bins)
+    bins, energy = ranked.bins.cpu(), ranked.energy.cpu()
+    margin = tie_margin(x)
+
+    best = (wanted.bins == c.TOP_BIN) | (bins == c.TOP_BIN)  # which of near equals is the best
+    off = (bins.int() - wanted.bins.int()).abs()[seen & ~best]
+    assert not off.numel() or off.max() <= 1 + margin
+    assert ((bins == c.TOP_BIN) & seen).any(-1).equal(seen.any(-1))
+
+    rows = min(case.q_len, c.BLOCK_M) // c.PLAN_ROW_STRIDE + 1
+    slack = rows * (2 ** (margin / c.BINS_PER_OCTAVE) - 1) + 1e-4
+    torch.testing.assert_close(energy, wanted.energy.float(), rtol=0, atol=slack)
+
+    curve, number = ranked.histogram.cpu()
+    assert number.sum() == seen.sum()
+    assert torch.equal(number, bins[seen].int().bincount(minlength=c.RANK_BINS))
+    sums = torch.zeros(c.RANK_BINS, dtype=torch.float64)
+    sums.index_add_(0, bins[seen].int(), energy[seen].double())
+    # Two fp16 parts carry an energy to 2^-21, fp32 sums a little less.
+    torch.testing.assert_close(curve.double() / c.ENERGY_UNIT, sums, rtol=3e-6, atol=3e-6 * rows)
+
+
+@given(
+    case=KERNEL_CASES,
+    numbers=CONTROLS,
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    rule=st.sampled_from(c.PLANNED_RULES),
+    compensate=st.booleans(),
+)
+def test_planned(
+    case: Case,
+    numbers: torch.Tensor,
+    dtype: torch.dtype,
+    layout: str,
+    rule: str,
+    compensate: bool,
+) -> None:
+    x = laid_out(on_device(case.make(dtype)), layout)
+    got = planned(x, numbers, rule=rule, compensate=compensate)
+    ranked, _ = kernel_plan(x)
+    x = on_cpu(x)
+    seen = visible_tiles(x)
+    shape = (*got.count.shape, seen.shape[1])
+    kept = listed(got.index, got.count, seen.shape[1])
+    assert not (kept & ~seen[:, None, None]).any()
+    assert kept.any(-1).equal(seen.any(-1)[:, None, None].expand(shape[:3]))
+
+    # The lists are the ones that the reference's rule takes from the same bins and energies.
+    bins, energy = ranked.bins.cpu(), ranked.energy.cpu()
+    mine = ref.Plan(bins, energy, seen)
+    histogram = ranked.histogram.double().cpu()
+    totals = histogram.sum(-1, keepdim=True).clamp_min(1)
+    wanted, log2_threshold = ref.choose(mine, histogram / totals, numbers.double(), rule)
+    if rule == "top_p":  # fp32 sums of energy: a tile at the very edge may go either way
+        assert (kept.sum(-1) - wanted.sum(-1)).abs().max() <= 1
+    else:
+        assert kept.equal(wanted)
+
+    measures = got.measures.cpu()
+    pairs = seen.sum() * shape[1] * shape[2]
+    density = kept.sum() / pairs if pairs else 1.0
+    assert measures[c.MEASURE_DENSITY] == pytest.approx(float(density), rel=1e-6)
+    total = energy.double().sum()
+    estimate = (energy.double() * kept).sum() / total if total else 1.0
+    assert measures[c.MEASURE_ESTIMATE] == pytest.approx(float(estimate), abs=2e-5)
+    applied = float(log2_threshold)
+    assert measures[c.MEASURE_LOG2_THRESHOLD].item() == pytest.approx(applied, nan_ok=True)
+    assert measures[c.MEASURE_RECALL].isnan()
+    torch.testing.assert_close(
+        got.histogram.cpu().double(), histogram / totals, rtol=1e-6, atol=1e-9
+    )
+
+    assert_output(x, kept, got, compensate)
+
+
+def assert_output(x: Inputs, kept: torch.Tensor, got: launch.Output, compensate: bool) -> None:
+    """Error at most twice that of low precision on the same kept set, against float64."""
+    exact = x.to(torch.float64)
+    cents = ref.centroids(exact.k, x.mask) if compensate else None
+    wanted, lse = ref.attend(exact.q, exact.k, exact.v, kept, x.scale, x.mask, cents)
+    out = got.out.cpu()
+    assert out.dtype == x.q.dtype
+    assert out.transpose(1, 2).is_contiguous()
+    seen = by_element(kept, x.q.shape[2], x.k.shape[2])
+    if x.mask is not None:
+        seen = seen & x.mask[:, None, None]
+    plain = low_precision(x, seen)
+    without = ref.attend(exact.q, exact.k, exact.v, kept, x.scale, x.mask)[0]
+    eps = torch.finfo(x.q.dtype).eps
+    largest = x.v.nan_to_num(nan=0.0).double().abs().max()
+    size = x.scale * x.q.double().abs().amax((0, 1, 2)) @ x.k.double().abs().amax((0, 1, 2))
+    fp32 = torch.finfo(torch.float32).eps * (size * x.q.shape[3] + x.k.shape[2]) * largest
+    floor = eps * largest + fp32
+    if compensate:  # pseudo-tokens are stored in the dtype of the inputs
+        floor = floor + 2 * eps * size * largest
+    error = (out.double() - wanted).abs().max()
+    assert error <= 2 * (plain.double() - without).abs().max() + floor
+    empty = lse == -torch.inf
+    mine = got.lse.cpu()
+    assert (mine == -torch.inf).equal(empty)
+    off = (mine.double() - lse).masked_fill(empty, 0).abs().max()
+    assert off <= torch.finfo(torch.float32).eps * (4 * size * x.q.shape[3] + x.k.shape[2] + 8)
+
+
+@given(case=KERNEL_CASES, dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS))
+def test_strides_do_not_matter(case: Case, dtype: torch.dtype, layout: str) -> None:
+    x = laid_out(on_device(case.make(dtype)), layout)
+    numbers = control(0.8)
+    got = planned(x, numbers)
+    wanted = planned(laid_out(x, "bhsd"), numbers)
+    assert same_bits(got.out, wanted.out)
+    assert same_bits(got.lse, wanted.lse)
+    assert same_bits(got.measures, wanted.measures)
+
+
+@given(case=KERNEL_CASES, dtype=st.sampled_from(DTYPES))
+def test_hidden_keys_never_matter(case: Case, dtype: torch.dtype) -> None:
+    x = on_device(case.make(dtype))
+    if x.mask is None:
+        return
+    numbers = control(0.8)
+    hidden = ~x.mask[:, None, :, None]
+    spoilt = x.replace(k=x.k.masked_fill(hidden, torch.nan), v=x.v.masked_fill(hidden, torch.nan))
+    got, wanted = planned(spoilt, numbers), planned(x, numbers)
+    assert same_bits(got.out, wanted.out)
+    assert same_bits(got.lse, wanted.lse)
+    assert same_bits(got.histogram, wanted.histogram)
+
+
+@given(case=KERNEL_CASES, dtype=st.sampled_from(DTYPES), data=st.data())
+def test_nan_rows_keep_everything(case: Case, dtype: torch.dtype, data: st.DataObject) -> None:
+    """A NaN query makes its own row NaN and no other; its query tile drops nothing."""
+    x = case.make(dtype)
+    row = data.draw(st.integers(0, case.q_len // c.PLAN_ROW_STRIDE - 1 if case.q_len > 1 else 0))
+    row *= c.PLAN_ROW_STRIDE
+    x.q[0, 0, row] = torch.nan
+    x = on_device(x)
+    got = planned(x, control(0.5))
+    out = got.out.cpu()
+    seen = visible_tiles(on_cpu(x))[0]
+    assert got.count[0, 0, row // c.BLOCK_M] == seen.sum()
+    spoilt = torch.zeros(out.shape[:3], dtype=torch.bool)
+    spoilt[0, 0, row] = bool(seen.any())
+    assert out.isnan().any(-1).equal(spoilt)
+
+
+def test_batch_and_heads_are_independent() -> None:
+    """A head alone equals the head in a batch, bitwise, at one threshold."""
+    case = Case(batch=2, kv_heads=2, group=2, q_len=200, kv_len=257, head_dim=16, seed=3)
+    x = on_device(case.make(torch.float16))
+    numbers = control(log2=-2.5)
+    got = planned(x, numbers)
+    for b in range(2):
+        for h in range(4):
+            one = x.replace(
+                q=x.q[b : b + 1, h : h + 1],
+                k=x.k[b : b + 1, h // 2 : h // 2 + 1],
+                v=x.v[b : b + 1, h // 2 : h // 2 + 1],
+            )
+            alone = planned(one, numbers)
+            assert same_bits(alone.out[0, 0], got.out[b, h])
+            assert same_bits(alone.lse[0, 0], got.lse[b, h])
+
+
+@given(case=KERNEL_CASES, dtype=st.sampled_from(DTYPES), power=st.integers(-3, 3))
+def test_scaling(case: Case, dtype: torch.dtype, power: int) -> None:
+    """v times 2^a gives out times 2^a, bitwise."""
+    x = on_device(case.make(dtype))
+    numbers = control(0.7)
+    got, scaled = planned(x, numbers), planned(x.replace(v=x.v * 2.0**power), numbers)
+    if dtype != torch.float16:  # whose small numbers lose bits
+        assert same_bits(scaled.out, got.out * 2.0**power)
+    assert same_bits(scaled.lse, got.lse)
+
+
+@given(case=KERNEL_CASES, dtype=st.sampled_from(DTYPES))
+def test_full_recall_is_dense(case: Case, dtype: torch.dtype) -> None:
+    x = on_device(case.make(dtype))
+    got = planned(x, control(1.0))
+    y = on_cpu(x)
+    seen = visible_tiles(y)[:, None, None]
+    kept = seen.expand(*got.count.shape, seen.shape[-1])
+    assert got.count.cpu().long().equal(kept.sum(-1))
+    assert_output(y, kept, got, compensate=False)
+
+
+@given(case=KERNEL_CASES, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**20))
+def test_audit(case: Case, dtype: torch.dtype, seed: int) -> None:
+    x = on_device(case.make(dtype))
+    got = planned(x, control(0.6, seed=seed), audited=True)
+    y = on_cpu(x)
+    mean, stderr = ref.audit(
+        y.q.double(),
+        y.k.double(),
+        got.lse.cpu().double(),
+        torch.tensor(seed),
+        scale=y.scale,
+        key_mask=y.mask,
+    )
+    rounding = float(oracle(y).rounding.max()) if case.q_len else 0.0
+    assert got.measures[c.MEASURE_RECALL].item() == pytest.approx(float(mean), abs=rounding + 1e-6)
+    assert got.measures[c.MEASURE_STDERR].item() == pytest.approx(
+        float(stderr), abs=rounding + 1e-6
+    )
+
+
+def test_audit_samples_as_the_reference_does() -> None:
+    """More query tiles than an audit looks at: both look at the same ones."""
+    case = Case(batch=2, kv_heads=35, q_len=1, kv_len=65, head_dim=8, seed=5)
+    assert c.audit_samples(70) < 70
+    seed = 12345
+    x = case.make(torch.float32)
+    got = planned(on_device(x), control(0.4, seed=seed), audited=True)
+    mean, stderr = ref.audit(x.q, x.k, got.lse.cpu(), torch.tensor(seed), scale=x.scale)
+    assert got.measures[c.MEASURE_RECALL].item() == pytest.approx(float(mean), abs=1e-5)
+    assert got.measures[c.MEASURE_STDERR].item() == pytest.approx(float(stderr), rel=1e-3)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 65), (65, 0), (0, 0)])
+@pytest.mark.parametrize("rule", c.PLANNED_RULES)
+def test_empty(q_len: int, kv_len: int, rule: str) -> None:
+    x = on_device(Case(batch=2, q_len=q_len, kv_len=kv_len).make(torch.float16))
+    got = planned(x, control(0.5), rule=rule, compensate=True, audited=True)
+    assert got.out.shape == (2, 1, q_len, 8)
+    assert not got.out.any()
+    assert (got.lse == -torch.inf).all()
+    wanted = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert got.measures[: c.MEASURE_LOG2_THRESHOLD].cpu().equal(wanted)
+
+
+def test_inputs_stay_as_they_were() -> None:
+    x = on_device(Case(mask="random").make(torch.float16))
+    before = [t.clone() for t in (x.q, x.k, x.v, x.mask)]
+    planned(x, control(0.5), compensate=True, audited=True)
+    assert all(map(torch.equal, before, (x.q, x.k, x.v, x.mask)))
+
+
+def test_every_size_has_a_configuration() -> None:
+    for architecture in (0, 80, 89, 90, 100):
+        for wide in (False, True):
+            for dim in range(8, c.LIMITS["cuda"].max_head_dim + 1, 8):
+                entry = find_tuning(architecture, dim, wide=wide)
+                assert (entry is None) == (wide and dim > c.FP32_MAX_HEAD_DIM)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(1, 1, 257, 16)}, "do not fit"),
+        ({"q": torch.zeros(1, 1, 200, 12), "k": torch.zeros(1, 1, 257, 12)}, "head_dim"),
+        ({"v": torch.zeros(1, 1, 257, 264)}, "head_dim"),
+        ({"q": torch.zeros(1, 200, 8)}, "4 dimensions"),
+        ({"v": torch.zeros(1, 1, 257, 8, dtype=torch.float16)}, "one dtype"),
+        ({"scale": -1.0}, "scale"),
+        ({"mask": torch.ones(1, 256, dtype=torch.bool)}, "key_mask"),
+        ({"mask": torch.ones(1, 257)}, "key_mask"),
+    ],
+)
+def test_refuses(change: dict, message: str) -> None:
+    x = on_device(Case().make(torch.float32).replace(**change))
+    with pytest.raises(ValueError, match=message):
+        planned(x, control())
+
+
+def test_refuses_an_unknown_rule() -> None:
+    with pytest.raises(ValueError, match="rule must be one of"):
+        planned(on_device(Case().make(torch.float32)), control(), rule="best")
