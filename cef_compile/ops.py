@@ -125,8 +125,9 @@ def unsupported(node: AttentionNode) -> tuple[Reason, str] | None:
     heads, kv_heads = node.q_shape[1], node.k_shape[1]
     if heads != kv_heads and not (node.enable_gqa and heads % kv_heads == 0):
         return Reason.HEADS, f"{heads} query heads, {kv_heads} key heads"
-    if node.scale is not None and math.isnan(node.scale):
-        return Reason.SCALE, "scale is computed in the graph"
+    if node.scale is not None and not node.scale > 0:
+        detail = "it is computed in the graph" if math.isnan(node.scale) else f"scale={node.scale}"
+        return Reason.SCALE, detail
     limits = c.LIMITS.get(node.device.type)
     if limits is None:
         return Reason.DEVICE, str(node.device)

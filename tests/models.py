@@ -197,9 +197,9 @@ class Attention(nn.Module):
 class Stack(nn.Module):
     """A model of several equal blocks, for regional compilation."""
 
-    def __init__(self, depth: int = 3, **options: Any) -> None:
+    def __init__(self, depth: int = 3, width: int = 32, **options: Any) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Attention(**options) for _ in range(depth))
+        self.blocks = nn.ModuleList(Attention(width, **options) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``[B, L, width]`` in and out."""

@@ -31,7 +31,7 @@ class Reason(str, Enum):
     LAYOUT = "the inputs are not 4-D (batch, heads, length, head_dim)"
     HEADS = "query heads are not a multiple of key heads"
     DEVICE = "the device is not supported"
-    SCALE = "the scale is not known when compiling"
+    SCALE = "the scale is not a positive number known when compiling"
     SHARED_GRAPH = "layers that share this compiled graph use another filter"
     NESTED_GRAPH = "the node is inside a higher-order operator"
     FIXED = "the node was compiled dense"
@@ -53,7 +53,7 @@ _REMEDIES = {
     Reason.DTYPE: "Run the model in bfloat16 or float16.",
     Reason.HEADS: "Pass enable_gqa=True with query heads a multiple of key heads.",
     Reason.LAYOUT: "Reshape q, k and v to (batch, heads, length, head_dim).",
-    Reason.SCALE: "Pass scale as a Python float.",
+    Reason.SCALE: "Pass scale as a positive Python float.",
     Reason.SHARED_GRAPH: "Use one filter, rule and certificate for all layers of a class.",
     Reason.FIXED: "Call torch.compile again with the new policy.",
 }
