@@ -61,6 +61,7 @@ class Case:
     family: str = "gaussian"
     mask: str = "none"
     seed: int = 0
+    gain: float = 1.0
     heads: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,9 +73,8 @@ class Case:
         k_shape = (self.batch, self.kv_heads, self.kv_len, self.head_dim)
         q, k = FAMILY[self.family](q_shape, k_shape, draw)
         v = torch.randn(*k_shape[:3], self.value_dim, generator=draw, dtype=torch.float64)
-        return Inputs(
-            q.to(dtype), k.to(dtype), v.to(dtype), self.head_dim**-0.5, self._key_mask(draw)
-        )
+        scale = self.gain * self.head_dim**-0.5
+        return Inputs(q.to(dtype), k.to(dtype), v.to(dtype), scale, self._key_mask(draw))
 
     def _key_mask(self, draw: torch.Generator) -> Tensor | None:
         if self.mask == "none":
@@ -100,6 +100,7 @@ def cases(**given) -> st.SearchStrategy[Case]:
         "family": st.sampled_from(FAMILIES),
         "mask": st.sampled_from(MASKS),
         "seed": SEEDS,
+        "gain": st.sampled_from([1.0, 0.7, 1.6]),
     }
     for name, value in given.items():
         drawn[name] = value if isinstance(value, st.SearchStrategy) else st.just(value)

@@ -96,7 +96,7 @@ class TestAgreesWithSdpa:
         x = Case(head_dim=11).make()
         wanted = F.scaled_dot_product_attention(x.q, x.k, x.v)
         torch.testing.assert_close(attention(x.q, x.k, x.v, recall=1.0), wanted)
-        for scale in (0.0, -0.5, 2):
+        for scale in (1e-3, 0.5, 2):
             wanted = F.scaled_dot_product_attention(x.q, x.k, x.v, scale=scale)
             found = attention(x.q, x.k, x.v, recall=1.0, scale=scale)
             torch.testing.assert_close(found, wanted)
@@ -238,7 +238,9 @@ ERRORS = [
     ),
     (ValueError, {"dropout_p": 0.1}, "dropout_p=0.1"),
     (ValueError, {"is_causal": True}, "is_causal=True"),
-    (ValueError, {"scale": math.nan}, "scale"),
+    (ValueError, {"scale": math.nan}, "scale is not a positive number"),
+    (ValueError, {"scale": 0.0}, "scale=0.0"),
+    (ValueError, {"scale": -0.5}, "scale=-0.5.*positive"),
     (ValueError, {name: t.long() for name, t in GIVEN.items()}, "dtype.*int64"),
     (ValueError, {"attn_mask": torch.zeros(2, 1, 1, 257)}, "float mask.*Pass a boolean mask"),
     (

@@ -368,6 +368,14 @@ class TestTopP:
                         carried[len(kept) - 1] < target(numbers) * total + slack
                     ), "one tile fewer would do"
 
+    def test_a_share_that_is_reached_exactly_is_enough(self) -> None:
+        energy = torch.tensor([0.25, 0.5, 0.25, 0.0], dtype=torch.float64)[None, None, None]
+        bins = torch.tensor([224, 255, 224, 0], dtype=torch.uint8)[None, None, None]
+        made = ref.Plan(bins, energy, torch.ones(1, 4, dtype=torch.bool))
+        for recall, count in ((0.25, 1), (0.5, 1), (0.625, 2), (0.75, 2), (0.875, 3), (1.0, 4)):
+            kept, _ = ref.choose(made, made.histogram(), control(recall), "top_p")
+            assert int(kept.sum()) == count
+
 
 class TestAttend:
     @given(case=cases(**many_tiles), seed=SEEDS, density=st.sampled_from([0.0, 0.2, 0.7]))
