@@ -188,7 +188,9 @@ class Backend:
     def _model_state(self, model: nn.Module | None) -> ModelState:
         if model is not None and model in self._models:
             return self._models[model]
-        state = ModelState("(unnamed)" if model is None else type(model).__name__)
+        state = ModelState(
+            "(unnamed)" if model is None else type(model).__name__, self._warn_of_unmatched_rules
+        )
         self._states.append(state)
         if model is not None:
             self._models[model] = state
@@ -202,7 +204,7 @@ class Backend:
         )
 
     def _warn(self, gm: fx.GraphModule, sites: Sequence[Site], owner: Owner) -> None:
-        """Warn of a graph without attention, and of rules that match nothing; once each."""
+        """Warn of a whole model without attention, and of rules that match nothing in it."""
         reason = getattr(gm, "compile_subgraph_reason", None)
         if owner.prefix or getattr(reason, "graph_break", False):
             return  # only a part of the model: what is missing may be in another graph
@@ -211,6 +213,9 @@ class Backend:
                 "cef_compile found no attention in the compiled graph, which runs as it would"
                 " without this backend; cef_compile.explain(model, *args) shows what was seen"
             )
+        self._warn_of_unmatched_rules()
+
+    def _warn_of_unmatched_rules(self) -> None:
         for pattern in self._unmatched():
             self._warn_once(
                 f"rule {pattern!r} matches no attention node;"

@@ -107,7 +107,12 @@ def next_seeds(controls: list[Tensor]) -> None:
 
 def default_min_kv_len(device: torch.device) -> int:
     """kv_len below which filtering does not win on this kind of device."""
-    return c.MIN_KV_LEN.get(device.type, c.MIN_KV_LEN["cpu"])
+    return c.MIN_KV_LEN.get(_planned_for(device), 0)
+
+
+def _planned_for(device: torch.device) -> str:
+    """Device type whose limits count; a model on "meta" is being planned for a GPU."""
+    return "cuda" if device.type == "meta" else device.type
 
 
 def unsupported(node: AttentionNode) -> tuple[Reason, str] | None:
@@ -128,7 +133,7 @@ def unsupported(node: AttentionNode) -> tuple[Reason, str] | None:
     if node.scale is not None and not node.scale > 0:
         detail = "it is computed in the graph" if math.isnan(node.scale) else f"scale={node.scale}"
         return Reason.SCALE, detail
-    limits = c.LIMITS.get(node.device.type)
+    limits = c.LIMITS.get(_planned_for(node.device))
     if limits is None:
         return Reason.DEVICE, str(node.device)
     if node.dtype not in limits.dtypes:

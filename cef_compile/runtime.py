@@ -112,13 +112,18 @@ class NodeState:
 class ModelState:
     """The nodes of one model, and the forward pass that is under way.
 
+    Args:
+        name: class of the model.
+        after_first_pass: called once, when every filtered node of the model is known.
+
     A pass ends when a node is about to run for the second time. Then the nodes of each group that
     ran in it get the one threshold at which their mean recall is the target.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, after_first_pass: Callable[[], None]) -> None:
         self.name = name
         self.nodes: list[NodeState] = []
+        self._after_first_pass: Callable[[], None] | None = after_first_pass
         self._ran: dict[tuple[str, int], NodeState] = {}
 
     def node(
@@ -149,6 +154,9 @@ class ModelState:
             state.reset()
 
     def _end_pass(self) -> None:
+        if self._after_first_pass is not None:
+            self._after_first_pass()
+            self._after_first_pass = None
         groups: dict[tuple[str, float | None, torch.device], list[NodeState]] = {}
         for state in self._ran.values():
             decision = state.decision

@@ -225,12 +225,17 @@ def test_no_attention_warns_once_and_points_at_explain() -> None:
 
 
 @torch.no_grad()
-def test_rules_that_match_nothing_are_warned_of_and_reported() -> None:
+@pytest.mark.parametrize("regional", [False, True])
+def test_rules_that_match_nothing_are_warned_of_and_reported(regional: bool) -> None:
     backend = cef_compile.backend(
         policy=Rules({"blocks.*": 0.9, "blok.*": 0.5, "*": None}), inner="eager"
     )
+    model = models.Stack()
+    for module in model.blocks if regional else [model]:
+        module.compile(backend=backend)
     with pytest.warns(UserWarning, match="'blok") as caught:
-        torch.compile(models.Stack(), backend=backend)(models.tokens())
+        for _ in range(3):
+            model(models.tokens())
     assert len(caught) == 1
     assert list(backend.report.unmatched_rules) == ["blok.*"]
     assert "blok.*" in str(backend.report)

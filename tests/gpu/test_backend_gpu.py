@@ -27,8 +27,7 @@ def steps(compiled, backend, x):
         outputs.append(compiled(x).clone())
     for recall in (0.9, 0.9, 0.7, 0.95):
         backend.set_recall(recall)
-        for _ in range(3):
-            outputs.append(compiled(x).clone())
+        outputs += [compiled(x).clone() for _ in range(3)]
     return outputs
 
 
