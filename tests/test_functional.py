@@ -187,10 +187,16 @@ class TestFilters:
             round(math.log2(stats.threshold) * 16)
         )
 
-    def test_interval_stays_in_0_to_1(self) -> None:
-        x = Case(q_len=128 * 80, kv_len=577, family="spiky").make(torch.float32)
-        _, stats = attention(x.q, x.k, x.v, recall=0.999, return_stats=True)
-        assert 0 <= stats.interval[0] <= stats.recall <= stats.interval[1] <= 1
+    @pytest.mark.parametrize(("recall", "low", "high"), [(0.99, 0.95, 1.0), (0.01, 0.0, 0.05)])
+    def test_interval_stays_in_0_to_1(
+        self, recall: float, low: float, high: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        x = Case().make()
+        measured = torch.tensor([0.5, recall, recall, 0.04 / 1.959964, -3.0])
+        monkeypatch.setattr(ops, "attention", lambda *args: (x.v, None, measured))
+        _, stats = attention(x.q, x.k, x.v, return_stats=True)
+        assert stats.interval == pytest.approx((low, high), abs=1e-6)
+        assert 0 <= stats.interval[0] <= stats.interval[1] <= 1
 
     def test_given_threshold_and_density(self) -> None:
         x = Case(q_len=256, kv_len=640, family="banded").make()
