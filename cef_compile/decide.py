@@ -37,7 +37,7 @@ class Decider:
         wanted = ask(self.policy, node)
         if wanted.is_dense:
             return wanted
-        problem = ops.unsupported(node)
+        problem = site.problem or ops.unsupported(node)
         if site.nested is not None:
             problem = Reason.NESTED_GRAPH, site.nested
         if problem is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from cef_compile import ops
 from cef_compile.graph.find import mask_kind
-from cef_compile.policy import AttentionNode, Decision
+from cef_compile.policy import AttentionNode, Decision, check_fraction
 
 Z_95 = 1.959963984540054
 """Half width of a 95 % interval in standard errors."""
@@ -79,13 +80,28 @@ def attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise ValueError(
                 f"query, key and value must agree in dtype and device; got {query.dtype} on"
                 f" {query.device} and for {name} {tensor.dtype} on {tensor.device}"
             )
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
+    for name, number in (("scale", scale), ("dropout_p", dropout_p)):
+        if number is not None and not isinstance(number, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(number).__name__} {number!r}")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale!r}")
     decision = Decision(
-        recall, filter, rule, certify, threshold=threshold, density=density, compensate=compensate
+        check_fraction("recall", recall),
+        filter,
+        rule,
+        certify,
+        threshold=threshold,
+        density=density,
+        compensate=compensate,
     )
     node = AttentionNode(
         path="attention",

@@ -128,9 +128,9 @@ def unsupported(node: AttentionNode) -> tuple[Reason, str] | None:
     if node.mask not in ("none", "key_padding"):
         return Reason.MASK, f"{node.mask} mask"
     heads, kv_heads = node.q_shape[1], node.k_shape[1]
-    if heads != kv_heads and not (node.enable_gqa and heads % kv_heads == 0):
+    if heads != kv_heads and not (node.enable_gqa and kv_heads > 0 and heads % kv_heads == 0):
         return Reason.HEADS, f"{heads} query heads, {kv_heads} key heads"
-    if node.scale is not None and not node.scale > 0:
+    if node.scale is not None and not 0 < node.scale < math.inf:
         detail = "it is computed in the graph" if math.isnan(node.scale) else f"scale={node.scale}"
         return Reason.SCALE, detail
     limits = c.LIMITS.get(_planned_for(node.device))
@@ -139,7 +139,7 @@ def unsupported(node: AttentionNode) -> tuple[Reason, str] | None:
     if node.dtype not in limits.dtypes:
         return Reason.DTYPE, str(node.dtype).removeprefix("torch.")
     for dim in {node.head_dim, node.v_shape[-1]}:
-        if dim % limits.head_dim_multiple or dim > limits.max_head_dim:
+        if dim % limits.head_dim_multiple or not 0 < dim <= limits.max_head_dim:
             return Reason.HEAD_DIM, (
                 f"head_dim {dim}; {node.device.type} takes multiples of"
                 f" {limits.head_dim_multiple} up to {limits.max_head_dim}"

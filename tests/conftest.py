@@ -9,6 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():
+    # The kernel tests run in Triton's interpreter, and Triton reads this when it is imported,
+    # which Dynamo does in any other test.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 _COMMON = {
     # The first example of a shape pays for warming up: no deadline can be right.
     "deadline": None,

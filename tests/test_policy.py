@@ -447,3 +447,10 @@ class TestNode:
         for reason in Reason:
             assert str(reason) == reason.value
             assert reason.remedy.endswith(".")
+
+
+def test_a_uniform_policy_needs_a_recall_and_a_rule_an_instance() -> None:
+    with pytest.raises(TypeError, match="recall must be a number.*NoneType"):
+        Uniform(None)
+    with pytest.raises(TypeError, match="recall of rule '\\*'"):
+        Rules({"*": Uniform})

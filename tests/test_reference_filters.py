@@ -31,7 +31,6 @@ from cef_compile.kernels import reference as ref
 
 variants = st.sampled_from(sorted(VARIANTS))
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
-all_but_top_p = pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "planned top_p"])
 full = cases(q_len=st.sampled_from([1, 65, 200]), kv_len=st.sampled_from([64, 65, 257]))
 
 
@@ -337,11 +336,8 @@ LAYOUTS = {"strided": _strided, "offset": _offset, "heads_last": _heads_last, "p
 
 
 class TestLayouts:
-    @pytest.mark.parametrize(
-        ("variant", "dtype"),
-        [(v, torch.float32) for v in VARIANTS]
-        + [(v, torch.float64) for v in VARIANTS if v.startswith("online")],
-    )
+    @every_variant
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_strides_do_not_matter(self, variant: str, layout: str, dtype: torch.dtype) -> None:
         x = Case(batch=2, kv_heads=2, group=2, head_dim=40, family="spiky", seed=3).make(dtype)
@@ -370,6 +366,17 @@ class TestLayouts:
 
 
 class TestExtremes:
+    @every_variant
+    @pytest.mark.parametrize("recall", [0.5, 1.0])
+    def test_all_scores_minus_infinity_give_zero(self, variant: str, recall: float) -> None:
+        x = Case(kv_len=257, q_len=129, seed=2).make()
+        x.q[..., 0] = 1.0
+        x.k[..., 0] = -torch.inf
+        mine = run(variant, x, control(recall)).out
+        dense = torch.nn.functional.scaled_dot_product_attention(x.q, x.k, x.v, scale=x.scale)
+        assert torch.all(dense == 0)
+        assert torch.all(mine == 0)
+
     @given(case=cases(), recall=RECALLS, variant=variants, seed=SEEDS)
     def test_one_dominant_key(self, case: Case, recall: float, variant: str, seed: int) -> None:
         x = case.make()
@@ -412,7 +419,7 @@ class TestExtremes:
         assert_attention(result.out, result.lse, wanted, x.v)
         assert torch.isfinite(result.out).all()
 
-    @all_but_top_p
+    @every_variant
     @pytest.mark.parametrize("recall", [0.5, 1.0])
     def test_plus_infinity_is_nan_where_sdpa_is(self, variant: str, recall: float) -> None:
         x = Case(kv_len=257, q_len=129, seed=2).make()
@@ -448,7 +455,7 @@ class TestExtremes:
         if recall == 1:
             assert same_bits(result.out[~spoilt], clean.out[~spoilt])
 
-    @all_but_top_p
+    @every_variant
     @pytest.mark.parametrize("recall", [0.5, 1.0])
     def test_nan_key_spoils_its_head_alone(self, variant: str, recall: float) -> None:
         x = Case(kv_heads=3, group=2, kv_len=257, q_len=129, seed=2, family="spiky").make()

@@ -12,6 +12,7 @@ from torch import Tensor
 from cef_compile.kernels import config as c
 
 _LN2 = tl.constexpr(math.log(2.0))
+_DRAW_BITS = tl.constexpr(c.AUDIT_DRAW_BITS)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _WARPS = 4
 _TARGET_PROGRAMS = 1024
@@ -112,8 +113,9 @@ def _pick(seed, sample, samples, total):
     bits = tl.load(seed).to(tl.int64) * 0x9E3779B1 + part * 0x85EBCA77 + 0xC2B2AE3D
     bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     bits = ((bits ^ (bits >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    start = part * total // samples
-    return start + (bits ^ (bits >> 16)) % ((part + 1) * total // samples - start)
+    within = (bits ^ (bits >> 16)) >> (32 - _DRAW_BITS)
+    parts = tl.zeros_like(part) + samples  # 64 bits wide
+    return ((part << _DRAW_BITS) + within) * total // (parts << _DRAW_BITS)
 
 
 @triton.jit

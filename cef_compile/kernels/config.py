@@ -71,6 +71,8 @@ AUDIT_FRACTION: Final = 0.01
 """Share of the query tiles whose exact energies an audit computes."""
 AUDIT_MIN_TILES: Final = 64
 """No fewer query tiles than this, so that the interval means something on a small node."""
+AUDIT_DRAW_BITS: Final = 16
+"""Resolution of a draw: finer than any part has tiles, and small enough for 64-bit products."""
 
 PLANNED_RULES: Final = ("threshold", "top_k", "top_p")
 ONLINE_RULES: Final = ("share", "lse", "max")
@@ -157,12 +159,16 @@ def audit_samples(total: int) -> int:
 def audit_tiles(total: int, samples: int, seed: Tensor) -> Tensor:
     """Query tiles that an audit looks at: one drawn at random from each of ``samples`` equal parts.
 
-    The draw is a hash of (seed, part) on the device, so that it neither synchronises nor touches
-    the caller's random numbers. int64 ``[samples]`` indices below ``total``, ascending.
+    The parts are equal on the real line, where a tile may lie across two of them, so that every
+    tile is equally likely whatever ``total`` is. The draw is a hash of (seed, part) on the device:
+    it neither synchronises nor touches the caller's random numbers.
+
+    Returns:
+        int64 ``[samples]`` indices below ``total``, ascending; each tile once if all are wanted.
     """
     part = torch.arange(samples, device=seed.device, dtype=torch.int64)
     bits = seed.to(torch.int64) * 0x9E3779B1 + part * 0x85EBCA77 + 0xC2B2AE3D
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
-    start = part * total // samples
-    return start + (bits ^ (bits >> 16)) % ((part + 1) * total // samples - start)
+    within = (bits ^ (bits >> 16)) >> (32 - AUDIT_DRAW_BITS)
+    return ((part << AUDIT_DRAW_BITS) + within) * total // (samples << AUDIT_DRAW_BITS)

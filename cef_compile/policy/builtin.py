@@ -41,6 +41,7 @@ class Uniform:
     certify: str = ""
 
     def __post_init__(self) -> None:
+        check_fraction("recall", self.recall)
         Decision(self.recall, filter=self.filter, certify=self.certify)
 
     def decide(self, node: AttentionNode) -> Decision:
@@ -139,7 +140,7 @@ def _rule_policy(pattern: Any, value: Any) -> PolicyLike:
         return _Always(Decision.dense(Reason.POLICY, f"rule {pattern!r}"))
     if isinstance(value, Decision):
         return _Always(value)
-    if isinstance(value, Policy) or (callable(value) and not isinstance(value, type)):
+    if not isinstance(value, type) and (isinstance(value, Policy) or callable(value)):
         return value
     return Uniform(check_fraction(f"the recall of rule {pattern!r}", value))
 

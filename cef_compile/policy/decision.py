@@ -89,6 +89,8 @@ class Decision:
             set_(self, "reason", self.reason or Reason.POLICY)
             return
         set_(self, "recall", check_fraction("recall", self.recall))
+        if not isinstance(self.compensate, bool):
+            raise TypeError(f"compensate must be True or False, got {self.compensate!r}")
         if self.reason is not None:
             raise ValueError(f"a decision with a recall has no reason for being dense: {self!r}")
         if self.threshold is not None:

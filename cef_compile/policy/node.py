@@ -35,6 +35,11 @@ class Reason(str, Enum):
     SHARED_GRAPH = "layers that share this compiled graph use another filter"
     NESTED_GRAPH = "the node is inside a higher-order operator"
     FIXED = "the node was compiled dense"
+    UNKNOWN_FORM = "the attention is written in a form that is not recognised"
+    INTERMEDIATES = "scores or weights of the attention are used elsewhere"
+    PACKED = "several sequences may be packed into one"
+    MULTI_HEAD = "the attention is inside multi_head_attention_forward"
+    FLEX = "the attention is a flex_attention"
 
     def __str__(self) -> str:
         return self.value
@@ -55,6 +60,11 @@ _REMEDIES = {
     Reason.LAYOUT: "Reshape q, k and v to (batch, heads, length, head_dim).",
     Reason.SCALE: "Pass scale as a positive Python float.",
     Reason.SHARED_GRAPH: "Use one filter, rule and certificate for all layers of a class.",
+    Reason.UNKNOWN_FORM: "Call scaled_dot_product_attention in its place.",
+    Reason.INTERMEDIATES: "Call scaled_dot_product_attention, and compute the weights apart.",
+    Reason.PACKED: "Call scaled_dot_product_attention, or flash_attn_func, for each sequence.",
+    Reason.MULTI_HEAD: "Project q, k and v and call scaled_dot_product_attention.",
+    Reason.FLEX: "Call scaled_dot_product_attention in its place.",
     Reason.FIXED: "Call torch.compile again with the new policy.",
 }
 

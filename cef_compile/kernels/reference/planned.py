@@ -132,8 +132,9 @@ def choose(planned: Plan, histogram: Tensor, control: Tensor, rule: str) -> tupl
     else:
         energy = planned.energy.gather(-1, order)
         before = energy.cumsum(-1) - energy
-        first = (before < target * energy.sum(-1, keepdim=True)) | (target >= 1)
-        first[..., :1] = True
+        total = energy.sum(-1, keepdim=True)
+        # Without any energy (all NaN) nothing tells the tiles apart, and a NaN is never dropped.
+        first = (before < target * total) | (target >= 1) | (total == 0)
     kept = torch.zeros_like(first).scatter_(-1, order, first) & visible
     return kept, control.new_full((), torch.nan)
 
@@ -168,7 +169,8 @@ def attend(
             keys, values = k[b, h // group].to(work), v[b, h // group].to(work)
             for t in range(kept.shape[2]):
                 at = slice(t * c.BLOCK_M, min((t + 1) * c.BLOCK_M, q_len))
-                rows = q[b, h, at].to(work)
+                # A copy: a matrix product may round an operand otherwise where it lies unaligned.
+                rows = q[b, h, at].to(work).clone()
                 index = kept[b, h, t].nonzero()
                 where = (index * c.BLOCK_N + offsets).flatten()
                 where = where[where < keys.shape[0]]
@@ -182,8 +184,10 @@ def attend(
                     pseudo = scale * pseudo + compensate.count[b, dropped].log()
                     scores = torch.cat((scores, pseudo), -1)
                     taken = torch.cat((taken, v_mean[b, h // group, dropped]))
-                # No key at all gives an empty product, which is the 0 that is wanted.
-                out[b, h, at] = (scores.softmax(-1) @ taken).to(q.dtype)
+                # No energy at all, or no key at all, gives 0.
+                nothing = (scores == -torch.inf).all(-1, keepdim=True)
+                weights = torch.where(nothing, 0, scores.softmax(-1))
+                out[b, h, at] = (weights @ taken).to(q.dtype)
     return out, lse
 
 
