@@ -450,7 +450,7 @@ class TestNode:
 
 
 def test_a_uniform_policy_needs_a_recall_and_a_rule_an_instance() -> None:
-    with pytest.raises(TypeError, match="recall must be a number.*NoneType"):
+    with pytest.raises(TypeError, match=r"recall must be a number.*NoneType"):
         Uniform(None)
     with pytest.raises(TypeError, match="recall of rule '\\*'"):
         Rules({"*": Uniform})
