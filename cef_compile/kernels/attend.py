@@ -128,7 +128,18 @@ def _softmax_step(score, top, total, scale2):
     return weight, shrink, new_top, total * shrink + tl.sum(weight, 1)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "q_len",
+        "kv_len",
+        "n_m",
+        "n_n",
+        "heads",
+        "heads_per_key_head",
+        "total_tiles",
+        "key_count_b",
+    ]
+)
 def _attend(
     q,
     k,

@@ -118,7 +118,17 @@ def _pick(seed, sample, samples, total):
     return ((part << _DRAW_BITS) + within) * total // (parts << _DRAW_BITS)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "total_tiles",
+        "q_len",
+        "kv_len",
+        "n_m",
+        "n_n",
+        "heads",
+        "heads_per_key_head",
+    ]
+)
 def _energies(
     q,
     k,
@@ -188,7 +198,7 @@ def _energies(
     tl.store(parts + to, top + tl.log2(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_tiles", "q_len", "n_m", "splits", "samples"])
 def _recalls(
     lse,
     parts,
@@ -220,7 +230,7 @@ def _recalls(
     tl.store(sums + samples + sample, tl.sum(visible.to(tl.float32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _mean(
     sums,
     measures,

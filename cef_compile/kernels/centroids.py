@@ -72,7 +72,7 @@ def centroids(
     return Centroids(stats, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_len", "count_batch"])
 def _centroids(
     x,
     stats,

@@ -187,6 +187,8 @@ def online(
         bound=bound,
         descriptors=_descriptors(k, v),
         warps=tuning.online_warps,
+        registers=tuning.online_registers,
+        eager_stages=tuning.online_eager_stages,
         stages=tuning.online_stages,
     )
     if audited and bound:

@@ -234,7 +234,7 @@ def _row_step(bins, energy, count, at, n_n, RULE: tl.constexpr):
     return bin_, keys, weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count_b", "total"])
 def _lists(
     bins,
     energy,
@@ -344,7 +344,7 @@ def _lists(
         tl.atomic_add(taken + 1, listed.to(tl.int64), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_m"])
 def _order(counts, order, n_m, BLOCK: tl.constexpr):
     """One program per (block of query tiles, head of a batch): places by falling count."""
     row = tl.program_id(1).to(tl.int64) * n_m

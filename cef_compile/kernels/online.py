@@ -19,6 +19,8 @@ _RECALL_UNIT = tl.constexpr(2**30)
 """Fixed-point units of one row's recall in the sum over rows, which then has no order."""
 _COUNT_BLOCK = 16
 """Key tiles whose mask is looked at in one step when visible tiles are counted."""
+_CHUNK = 32
+"""Key tiles after which it is decided again whether values are worth fetching ahead."""
 _WARPS = 4
 
 
@@ -35,6 +37,8 @@ def online(
     bound: bool,
     descriptors: bool,
     warps: int,
+    registers: int | None,
+    eager_stages: int,
     stages: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Filter in one pass over all key tiles, as the reference of the same name does.
@@ -42,7 +46,8 @@ def online(
     Args:
         q, k, v, control, scale, key_mask, rule, certify, bound: as for the reference.
         descriptors: read k and v through TMA descriptors.
-        warps, stages: of each program.
+        warps, registers: of each program, and of each of its threads at most.
+        eager_stages, stages: of the pipeline where values are fetched ahead, and where not.
 
     Returns:
         out ``[B, H, q_len, Dv]`` in (B, q_len, H, Dv) memory order; lse and recall of each row,
@@ -106,8 +111,11 @@ def online(
             LOG2_THRESHOLD=c.CONTROL_LOG2_THRESHOLD,
             FIXED=c.CONTROL_FIXED,
             PRECISION=c.DOT_PRECISION if q.dtype == torch.float32 else None,
+            CHUNK=_CHUNK,
+            EAGER_STAGES=eager_stages,
             STAGES=stages,
             num_warps=warps,
+            maxnreg=registers,
         )
     _measure[(1,)](
         sums,
@@ -163,6 +171,97 @@ def _affordable(
 
 
 @triton.jit
+def _load_keys(
+    k, k_desc, key_mask, batch, key_head, first, kv_len, k_l, k_d, mask_l,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_MASK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """A key tile, which of its keys are visible, and how many."""
+    key = first + tl.arange(0, BLOCK_N)
+    seen = key < kv_len
+    keys_seen = tl.minimum(kv_len - first, BLOCK_N)
+    if HAS_MASK:
+        mask = tl.load(key_mask + key.to(tl.int64) * mask_l, mask=seen, other=0)
+        seen = mask != 0
+        keys_seen = tl.sum(seen.to(tl.int32), 0)
+    if DESCRIPTORS:
+        keys = k_desc.load([batch.to(tl.int32), key_head, first, 0])
+        keys = tl.reshape(keys, [BLOCK_N, BLOCK_D])
+    else:
+        dims = tl.arange(0, BLOCK_D)
+        place = key.to(tl.int64)[:, None] * k_l + dims.to(tl.int64)[None, :] * k_d
+        inside = (key < kv_len)[:, None] & (dims < DIM)[None, :]
+        keys = tl.load(k + place, mask=inside, other=0.0)
+    return keys, seen, keys_seen
+
+
+@triton.jit
+def _load_values(
+    v, v_desc, seen, batch, key_head, first, kv_len, v_l, v_d,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_MASK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """A value tile; 0 where hidden, where a NaN would outlive a weight of 0."""
+    if DESCRIPTORS:
+        values = v_desc.load([batch.to(tl.int32), key_head, first, 0])
+        values = tl.reshape(values, [BLOCK_N, BLOCK_DV])
+        if HAS_MASK:
+            values = tl.where(seen[:, None], values, 0.0)
+    else:
+        key = first + tl.arange(0, BLOCK_N)
+        dims = tl.arange(0, BLOCK_DV)
+        place = key.to(tl.int64)[:, None] * v_l + dims.to(tl.int64)[None, :] * v_d
+        values = tl.load(v + place, mask=seen[:, None] & (dims < VALUE_DIM)[None, :], other=0.0)
+    return values
+
+
+@triton.jit
+def _judge(
+    score, seen, keys_seen, real, top, gathered, lost, scale2, target, threshold,
+    log2_threshold, budget, left,
+    RAGGED: tl.constexpr, HAS_MASK: tl.constexpr, RULE: tl.constexpr, CERTIFY: tl.constexpr,
+    BOUND: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile goes, and the ledger measured against the new maximum of each row.
+
+    Returns:
+        drop; the energy it is judged by; the tile's maximum; the new anchor; gathered and lost
+        against it; weights and their sum (unless BOUND, where only a kept tile needs them).
+    """
+    if RAGGED or HAS_MASK:
+        score = tl.where(seen[None, :], score, float("-inf"))
+    high = tl.max(score, 1) * scale2
+    new_top = tl.maximum(top, high)
+    # Subtracting a top of -inf would make NaN of rows that have met nothing yet.
+    anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = tl.exp2(top - anchor)
+    gathered = gathered * shrink
+    lost = lost * shrink
+    if BOUND:
+        weight = score
+        judged = keys_seen.to(tl.float32) * tl.exp2(high - anchor)
+        exact = judged
+    else:
+        weight = tl.exp2(score * scale2 - anchor[:, None])
+        exact = tl.sum(weight, 1)
+        judged = exact
+    if RULE == "share":
+        small = judged < threshold * (gathered + lost)
+    elif RULE == "lse":
+        small = tl.exp2(high - anchor) < threshold * gathered
+    else:
+        small = high - top < log2_threshold
+    drop = (target < 1) & (tl.min((small | ~real).to(tl.int32), 0) == 1)
+    if CERTIFY != "none":
+        drop = drop & _affordable(
+            judged, gathered, lost, real, budget, left.to(tl.float32), CERTIFY, STRIDE
+        )
+    # A tile that nobody sees has nothing to lose and nothing to give.
+    drop = drop | (keys_seen == 0)
+    return drop, judged, high, anchor, gathered, lost, weight, exact
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "n_m", "n_n", "heads", "heads_per_key_head"])
 def _online(
     q,
     k,
@@ -220,6 +319,8 @@ def _online(
     LOG2_THRESHOLD: tl.constexpr,
     FIXED: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EAGER_STAGES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program per query tile, a head's tiles side by side."""
@@ -245,7 +346,6 @@ def _online(
     budget = (1.0 - target) / target
     log2_threshold = _log2_threshold(control, even, RULE, CERTIFY, TARGET, LOG2_THRESHOLD, FIXED)
     threshold = tl.exp2(log2_threshold)
-    filters = target < 1
 
     visible = n_n
     if HAS_MASK:
@@ -269,80 +369,76 @@ def _online(
     left = visible
     number = 0
 
-    for step in tl.range(0, n_n, num_stages=STAGES):
-        first = start + step
-        first = tl.where(first >= n_n, first - n_n, first) * BLOCK_N
-        key = first + within
-        if DESCRIPTORS:
-            keys = k_desc.load([batch.to(tl.int32), key_head, first, 0])
-            keys = tl.reshape(keys, [BLOCK_N, BLOCK_D])
+    # Where most tiles are kept, values are fetched ahead like keys; elsewhere only when wanted.
+    eager = True
+    for chunk in range(0, n_n, CHUNK):
+        end = tl.minimum(chunk + CHUNK, n_n)
+        before = number
+        if eager:
+            for step in tl.range(chunk, end, num_stages=EAGER_STAGES):
+                first = start + step
+                first = tl.where(first >= n_n, first - n_n, first) * BLOCK_N
+                keys, seen, keys_seen = _load_keys(
+                    k, k_desc, key_mask, batch, key_head, first, kv_len, k_l, k_d, mask_l,
+                    DIM, BLOCK_D, BLOCK_N, RAGGED, HAS_MASK, DESCRIPTORS,
+                )  # fmt: skip
+                values = _load_values(
+                    v, v_desc, seen, batch, key_head, first, kv_len, v_l, v_d,
+                    VALUE_DIM, BLOCK_DV, BLOCK_N, HAS_MASK, DESCRIPTORS,
+                )  # fmt: skip
+                score = tl.dot(rows, keys.T, input_precision=PRECISION)
+                drop, judged, high, anchor, gathered, lost, weight, exact = _judge(
+                    score, seen, keys_seen, real, top, gathered, lost, scale2, target, threshold,
+                    log2_threshold, budget, left, RAGGED, HAS_MASK, RULE, CERTIFY, BOUND, STRIDE,
+                )  # fmt: skip
+                top = tl.maximum(top, high)
+                left -= (keys_seen > 0).to(tl.int32)
+                if drop:
+                    lost += judged
+                else:
+                    if BOUND:
+                        weight = tl.exp2(score * scale2 - anchor[:, None])
+                        if RAGGED or HAS_MASK:
+                            weight = tl.where(seen[None, :], weight, 0.0)
+                        exact = tl.sum(weight, 1)
+                    number += 1
+                    gathered += exact
+                    acc = acc * tl.exp2(acc_top - anchor)[:, None]
+                    acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
+                    acc_top = top
         else:
-            place = key.to(tl.int64)[:, None] * k_l + dims.to(tl.int64)[None, :] * k_d
-            keys = tl.load(
-                k + place, mask=(key < kv_len)[:, None] & (dims < DIM)[None, :], other=0.0
-            )
-        score = tl.dot(rows, keys.T, input_precision=PRECISION)
-        live = True
-        keys_seen = BLOCK_N * 1.0
-        if HAS_MASK:
-            mask = tl.load(key_mask + key.to(tl.int64) * mask_l, mask=key < kv_len, other=0)
-            keys_seen = tl.sum((mask != 0).to(tl.float32), 0)
-            live = keys_seen > 0
-            score = tl.where((mask != 0)[None, :], score, float("-inf"))
-        elif RAGGED:
-            keys_seen = tl.minimum(kv_len - first, BLOCK_N).to(tl.float32)
-            score = tl.where((key < kv_len)[None, :], score, float("-inf"))
-
-        high = tl.max(score, 1) * scale2
-        new_top = tl.maximum(top, high)
-        # Subtracting a top of -inf would make NaN of rows that have met nothing yet.
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(score * scale2 - anchor[:, None])
-        exact = tl.sum(weight, 1)
-        shrink = tl.exp2(top - anchor)
-        gathered = gathered * shrink
-        lost = lost * shrink
-        judged = exact
-        if BOUND:
-            judged = keys_seen * tl.exp2(high - anchor)
-        if RULE == "share":
-            small = judged < threshold * (gathered + lost)
-        elif RULE == "lse":
-            small = tl.exp2(high - anchor) < threshold * gathered
-        else:
-            small = high - top < log2_threshold
-        drop = filters & (tl.min((small | ~real).to(tl.int32), 0) == 1)
-        if CERTIFY != "none":
-            drop = drop & _affordable(
-                judged, gathered, lost, real, budget, left.to(tl.float32), CERTIFY, STRIDE
-            )
-        top = new_top
-        if HAS_MASK:
-            drop = drop | ~live  # nothing to lose, nothing to gather
-            left -= live.to(tl.int32)
-        else:
-            left -= 1
-        if drop:
-            lost += judged
-        else:
-            number += 1
-            gathered += exact
-            if DESCRIPTORS:
-                values = v_desc.load([batch.to(tl.int32), key_head, first, 0])
-                values = tl.reshape(values, [BLOCK_N, BLOCK_DV])
-                if HAS_MASK:  # hidden values may be NaN, which a weight of 0 would not cancel
-                    values = tl.where((mask != 0)[:, None], values, 0.0)
-            else:
-                seen = key < kv_len
-                if HAS_MASK:
-                    seen = seen & (mask != 0)
-                place = key.to(tl.int64)[:, None] * v_l + value_dims.to(tl.int64)[None, :] * v_d
-                values = tl.load(
-                    v + place, mask=seen[:, None] & (value_dims < VALUE_DIM)[None, :], other=0.0
-                )
-            acc = acc * tl.exp2(acc_top - anchor)[:, None]
-            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
-            acc_top = new_top
+            for step in tl.range(chunk, end, num_stages=STAGES):
+                first = start + step
+                first = tl.where(first >= n_n, first - n_n, first) * BLOCK_N
+                keys, seen, keys_seen = _load_keys(
+                    k, k_desc, key_mask, batch, key_head, first, kv_len, k_l, k_d, mask_l,
+                    DIM, BLOCK_D, BLOCK_N, RAGGED, HAS_MASK, DESCRIPTORS,
+                )  # fmt: skip
+                score = tl.dot(rows, keys.T, input_precision=PRECISION)
+                drop, judged, high, anchor, gathered, lost, weight, exact = _judge(
+                    score, seen, keys_seen, real, top, gathered, lost, scale2, target, threshold,
+                    log2_threshold, budget, left, RAGGED, HAS_MASK, RULE, CERTIFY, BOUND, STRIDE,
+                )  # fmt: skip
+                top = tl.maximum(top, high)
+                left -= (keys_seen > 0).to(tl.int32)
+                if drop:
+                    lost += judged
+                else:
+                    if BOUND:
+                        weight = tl.exp2(score * scale2 - anchor[:, None])
+                        if RAGGED or HAS_MASK:
+                            weight = tl.where(seen[None, :], weight, 0.0)
+                        exact = tl.sum(weight, 1)
+                    values = _load_values(
+                        v, v_desc, seen, batch, key_head, first, kv_len, v_l, v_d,
+                        VALUE_DIM, BLOCK_DV, BLOCK_N, HAS_MASK, DESCRIPTORS,
+                    )  # fmt: skip
+                    number += 1
+                    gathered += exact
+                    acc = acc * tl.exp2(acc_top - anchor)[:, None]
+                    acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
+                    acc_top = top
+        eager = 2 * (number - before) > end - chunk
 
     anchor = tl.where(top == float("-inf"), 0.0, top)
     gone = gathered == 0

@@ -116,7 +116,7 @@ def _load_stats(stats, count, key, n_n, WIDTH: tl.constexpr):
     return tl.load(place, mask=inside[:, None], other=0.0), tl.log2(found.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len", "n_m", "n_n", "heads_per_key_head", "count_b"])
 def _plan(
     q,
     stats,

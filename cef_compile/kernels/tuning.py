@@ -20,7 +20,9 @@ class Tuning:
         max_dim: largest head_dim.
         attend_rows: query rows of a program of the attention over lists (and of the audit).
         attend_warps, attend_stages: its warps and pipeline stages.
-        online_warps, online_stages: of the online filter.
+        online_warps, online_registers: warps of the online filter, and registers of a thread.
+        online_eager_stages, online_stages: its pipeline stages where values are fetched ahead, and
+            where they are not.
         plan_group, plan_keys: query tiles per program of the plan, and key tiles per step.
         plan_warps, plan_stages: its warps and pipeline stages.
     """
@@ -32,6 +34,8 @@ class Tuning:
     attend_warps: int
     attend_stages: int
     online_warps: int
+    online_registers: int | None
+    online_eager_stages: int
     online_stages: int
     plan_group: int
     plan_keys: int
@@ -42,16 +46,16 @@ class Tuning:
 # On Hopper two programs of 4 warps share a multiprocessor where two stages of k and v fit twice:
 # one computes weights while the other multiplies.
 TUNINGS: Final = (
-    Tuning(90, False, 64, 128, 4, 3, 4, 3, 2, 64, 4, 2),
-    Tuning(90, False, 128, 128, 4, 2, 4, 2, 1, 64, 4, 2),
-    Tuning(90, False, 256, 128, 8, 2, 8, 2, 1, 64, 4, 1),
-    Tuning(90, True, 64, 128, 8, 1, 8, 1, 1, 64, 4, 1),
-    Tuning(90, True, 128, 64, 4, 1, 8, 1, 1, 64, 8, 1),
-    Tuning(0, False, 64, 128, 4, 2, 4, 2, 1, 64, 4, 2),
-    Tuning(0, False, 128, 128, 8, 1, 8, 1, 1, 64, 4, 1),
-    Tuning(0, False, 256, 64, 4, 1, 8, 1, 1, 32, 4, 1),
-    Tuning(0, True, 64, 64, 4, 1, 8, 1, 1, 32, 4, 1),
-    Tuning(0, True, 128, 32, 4, 1, 8, 1, 1, 16, 4, 1),
+    Tuning(90, False, 64, 128, 4, 3, 4, None, 3, 3, 2, 64, 4, 2),
+    Tuning(90, False, 128, 128, 4, 2, 8, 128, 2, 3, 2, 64, 4, 1),
+    Tuning(90, False, 256, 128, 8, 2, 8, None, 2, 2, 1, 64, 4, 1),
+    Tuning(90, True, 64, 128, 8, 1, 8, None, 1, 1, 1, 64, 4, 1),
+    Tuning(90, True, 128, 64, 4, 1, 8, None, 1, 1, 1, 64, 8, 1),
+    Tuning(0, False, 64, 128, 4, 2, 4, None, 2, 2, 1, 64, 4, 2),
+    Tuning(0, False, 128, 128, 8, 1, 8, None, 1, 1, 1, 64, 4, 1),
+    Tuning(0, False, 256, 32, 4, 1, 8, None, 1, 1, 1, 32, 4, 1),
+    Tuning(0, True, 64, 64, 4, 1, 8, None, 1, 1, 1, 32, 4, 1),
+    Tuning(0, True, 128, 32, 4, 1, 8, None, 1, 1, 1, 16, 4, 1),
 )
 """The first that fits wins: newest architecture first, then smallest head_dim."""
 

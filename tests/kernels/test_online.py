@@ -6,7 +6,17 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, DTYPES, KERNEL_CASES, LAYOUTS, MARKS, laid_out, on_cpu, on_device
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    FEWER,
+    KERNEL_CASES,
+    LAYOUTS,
+    MARKS,
+    laid_out,
+    on_cpu,
+    on_device,
+)
 from support import Case, Inputs, achieved, by_query_tile, control, oracle, same_bits, target
 
 from cef_compile.kernels import config as c
@@ -34,6 +44,7 @@ def online(x: Inputs, numbers: torch.Tensor, **options) -> launch.Output:
     return launch.online(x.q, x.k, x.v, numbers.to(DEVICE), **x.options, **options)
 
 
+@FEWER
 @given(
     case=KERNEL_CASES,
     numbers=CONTROLS,
@@ -79,6 +90,7 @@ def test_online(
     assert not got.histogram.any()
 
 
+@FEWER
 @given(
     case=KERNEL_CASES,
     recall=st.sampled_from([0.3, 0.7, 0.9, 0.97]),
@@ -102,6 +114,7 @@ def test_certificate(case: Case, recall: float, dtype: torch.dtype, way: str) ->
         assert (found >= target(numbers) - slack).all()
 
 
+@FEWER
 @given(case=KERNEL_CASES, dtype=st.sampled_from(DTYPES))
 def test_full_recall_drops_nothing(case: Case, dtype: torch.dtype) -> None:
     """At recall 1 every way is the same kernel with the filter out of it, bitwise."""
@@ -113,6 +126,7 @@ def test_full_recall_drops_nothing(case: Case, dtype: torch.dtype) -> None:
     assert every[0].measures[c.MEASURE_DENSITY] == 1
 
 
+@FEWER
 @given(case=KERNEL_CASES, dtype=st.sampled_from(DTYPES))
 def test_hidden_keys_never_matter(case: Case, dtype: torch.dtype) -> None:
     x = on_device(case.make(dtype))
