@@ -331,6 +331,11 @@ SECTIONS = {
 }
 
 
+def card() -> str:
+    """Short name of the GPU, as in h100."""
+    return torch.cuda.get_device_name().split()[1].lower()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -363,7 +368,7 @@ def main() -> None:
             )
             print(f"{line['name']:42} {line['shape']:34} {cells}", flush=True)
         torch.cuda.empty_cache()
-        path = given.out / "attention.json"
+        path = given.out / f"attention-{card()}.json"
         path.write_text(json.dumps({"about": about, "results": found}, indent=1) + "\n")
 
 

@@ -64,7 +64,6 @@ def attend(
     block_d = c.padded_dim(dim)
     block_dv = c.padded_dim(value_dim)
     compensate = kept is not None
-    mask_batch = 1 if key_mask is None else key_mask.shape[0]
     _attend[(n_m * heads * batch * (c.BLOCK_M // rows),)](
         q,
         k,
@@ -93,7 +92,7 @@ def attend(
         *k.stride(),
         *v.stride(),
         *out.stride()[:3],
-        0 if mask_batch == 1 else key_mask.stride(0),
+        0 if key_mask is None or key_mask.shape[0] == 1 else key_mask.stride(0),
         0 if key_mask is None else key_mask.stride(1),
         0 if key_count is None or key_count.shape[0] == 1 else n_n,
         0 if k_mean is None else k_mean.shape[3],

@@ -8,6 +8,8 @@ captured in a CUDA graph and replayed with another ``control``.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +54,18 @@ class Output:
     row_recall: Tensor | None = None
 
 
+def _on_the_device_of_q(function: Callable[..., Output]) -> Callable[..., Output]:
+    """Triton launches on the current device, which need not be the one of the inputs."""
+
+    @functools.wraps(function)
+    def call(q: Tensor, *args: object, **options: object) -> Output:
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+            return function(q, *args, **options)
+
+    return call
+
+
+@_on_the_device_of_q
 def planned(
     q: Tensor,
     k: Tensor,
@@ -142,6 +156,7 @@ def planned(
     return Output(out, lse, curve, measures, listed.index, listed.count[0])
 
 
+@_on_the_device_of_q
 def online(
     q: Tensor,
     k: Tensor,

@@ -341,7 +341,7 @@ def _lists(
     tl.store(counts + total + row, whole)
     if RULE != "threshold":
         tl.atomic_add(taken, tl.floor(mass * ENERGY_UNIT + 0.5).to(tl.int64), sem="relaxed")
-        tl.atomic_add(taken + 1, listed.to(tl.int64), sem="relaxed")
+        tl.atomic_add(taken + 1, tl.cast(listed, tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["n_m"])

@@ -115,7 +115,8 @@ def online(
             EAGER_STAGES=eager_stages,
             STAGES=stages,
             num_warps=warps,
-            maxnreg=registers,
+            # Not every backend of Triton knows this option.
+            **({} if registers is None else {"maxnreg": registers}),
         )
     _measure[(1,)](
         sums,
@@ -216,6 +217,15 @@ def _load_values(
 
 
 @triton.jit
+def _weights(score, seen, anchor, scale2, MASKED: tl.constexpr):
+    """Weights of a tile against the anchor of each row, and their sum."""
+    weight = tl.exp2(score * scale2 - anchor[:, None])
+    if MASKED:
+        weight = tl.where(seen[None, :], weight, 0.0)
+    return weight, tl.sum(weight, 1)
+
+
+@triton.jit
 def _judge(
     score, seen, keys_seen, real, top, gathered, lost, scale2, target, threshold,
     log2_threshold, budget, left,
@@ -242,8 +252,7 @@ def _judge(
         judged = keys_seen.to(tl.float32) * tl.exp2(high - anchor)
         exact = judged
     else:
-        weight = tl.exp2(score * scale2 - anchor[:, None])
-        exact = tl.sum(weight, 1)
+        weight, exact = _weights(score, seen, anchor, scale2, False)
         judged = exact
     if RULE == "share":
         small = judged < threshold * (gathered + lost)
@@ -397,10 +406,7 @@ def _online(
                     lost += judged
                 else:
                     if BOUND:
-                        weight = tl.exp2(score * scale2 - anchor[:, None])
-                        if RAGGED or HAS_MASK:
-                            weight = tl.where(seen[None, :], weight, 0.0)
-                        exact = tl.sum(weight, 1)
+                        weight, exact = _weights(score, seen, anchor, scale2, RAGGED or HAS_MASK)
                     number += 1
                     gathered += exact
                     acc = acc * tl.exp2(acc_top - anchor)[:, None]
@@ -425,10 +431,7 @@ def _online(
                     lost += judged
                 else:
                     if BOUND:
-                        weight = tl.exp2(score * scale2 - anchor[:, None])
-                        if RAGGED or HAS_MASK:
-                            weight = tl.where(seen[None, :], weight, 0.0)
-                        exact = tl.sum(weight, 1)
+                        weight, exact = _weights(score, seen, anchor, scale2, RAGGED or HAS_MASK)
                     values = _load_values(
                         v, v_desc, seen, batch, key_head, first, kv_len, v_l, v_d,
                         VALUE_DIM, BLOCK_DV, BLOCK_N, HAS_MASK, DESCRIPTORS,
@@ -457,8 +460,8 @@ def _online(
     counted = real & (met != 0)  # a row that sees no key has no recall; a NaN row spoils the mean
     nan = counted & (mine != mine)
     units = tl.where(counted & (mine == mine), mine, 0.0) * _RECALL_UNIT
-    tl.atomic_add(sums, number.to(tl.int64), sem="relaxed")
-    tl.atomic_add(sums + 1, visible.to(tl.int64), sem="relaxed")
+    tl.atomic_add(sums, tl.cast(number, tl.int64), sem="relaxed")
+    tl.atomic_add(sums + 1, tl.cast(visible, tl.int64), sem="relaxed")
     tl.atomic_add(sums + 2, tl.sum(tl.floor(units + 0.5).to(tl.int64), 0), sem="relaxed")
     tl.atomic_add(sums + 3, tl.sum(counted.to(tl.int64), 0), sem="relaxed")
     tl.atomic_add(sums + 4, tl.sum(nan.to(tl.int64), 0), sem="relaxed")

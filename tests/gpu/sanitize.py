@@ -1,0 +1,31 @@
+"""Small cases of every kernel, to run under compute-sanitizer.
+
+compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
+"""
+
+import torch
+
+from cef_compile.kernels import config as c
+from cef_compile.kernels import launch
+
+CASES = ((2, 4, 2, 200, 257, 64, True), (1, 2, 2, 129, 320, 128, False))
+
+
+def main() -> None:
+    for batch, heads, kv_heads, q_len, kv_len, dim, masked in CASES:
+        q = torch.randn(batch, heads, q_len, dim, device="cuda").bfloat16()
+        k, v = torch.randn(2, batch, kv_heads, kv_len, dim, device="cuda").bfloat16()
+        mask = torch.rand(batch, kv_len, device="cuda") < 0.7 if masked else None
+        options = {"scale": dim**-0.5, "key_mask": mask, "audited": True}
+        numbers = torch.tensor([0.7, 0.0, 0.0, 1.0], device="cuda")
+        for rule in c.PLANNED_RULES:
+            launch.planned(q, k, v, numbers, rule=rule, compensate=True, **options)
+        for certify in c.CERTIFICATES:
+            launch.online(q, k, v, numbers, certify=certify, **options)
+        torch.cuda.synchronize()
+    print("ran")
+
+
+if __name__ == "__main__":
+    main()
