@@ -1,8 +1,6 @@
-"""Find attention nodes in a graph as Dynamo hands it to a backend.
+"""Find attention nodes in a graph as Dynamo hands it to a backend, in any form that is known.
 
-One pattern so far: ``scaled_dot_product_attention``, as the builtin (the same object as
-``torch.nn.functional.scaled_dot_product_attention``), as the aten packet or as its overload. The
-matching is by hand, since a pattern matcher that binds by position has dropped masks silently.
+The forms are in :mod:`cef_compile.graph.patterns`.
 """
 
 from __future__ import annotations
@@ -10,32 +8,17 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from cef_compile.graph.patterns import Match, View, find_matches
+from cef_compile.graph.patterns.calls import fake_value
 from cef_compile.graph.tokens import attention_kind
-from cef_compile.policy import AttentionNode, MaskKind
-
-SDPA_TARGETS: tuple[Callable[..., Any], ...] = (
-    torch._C._nn.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention.default,
-)
-SDPA_DEFAULTS: dict[str, Any] = {
-    "query": None,
-    "key": None,
-    "value": None,
-    "attn_mask": None,
-    "dropout_p": 0.0,
-    "is_causal": False,
-    "scale": None,
-    "enable_gqa": False,
-}
-"""SDPA's parameters in the order in which they may be passed by position."""
+from cef_compile.policy import AttentionNode, MaskKind, Reason
 
 _ROOT = re.compile(r"^[LG]\[(['\"]).*?\1\]\.?")
 _MODULES = re.compile(r"\.?(?:__dict__\[['\"])?_modules(?:['\"]\])?\[['\"]([^'\"]*)['\"]\]")
@@ -44,34 +27,26 @@ _METHOD = re.compile(r"^.*__self__\.?")
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """An attention call in a graph.
+    """An attention in a graph.
 
     Attributes:
-        fx_node: the call.
-        arguments: SDPA's arguments by name, defaults filled in; FX nodes or constants.
+        fx_node: the node that holds its output.
+        arguments: SDPA's arguments by name; FX nodes or constants.
         node: what a policy is told; its path is the one in this graph.
-        nested: name of the higher-order operator whose body holds the call, or None.
+        nested: name of the higher-order operator whose body holds the attention, or None.
+        views: by argument, how to look at it to see what SDPA would be given; under "result", how
+            to look at SDPA's output to see that of ``fx_node``.
+        absorbed: the other nodes that compute it.
+        problem: why it can only be reported; None where the op can take its place.
     """
 
     fx_node: fx.Node
     arguments: dict[str, Any]
     node: AttentionNode
     nested: str | None = None
-
-
-def fake_value(argument: Any) -> Any:
-    """The fake tensor (or symbolic number) behind an FX argument; constants as they are."""
-    if not isinstance(argument, fx.Node):
-        return argument
-    return argument.meta.get("example_value", argument.meta.get("val"))
-
-
-def bind(node: fx.Node) -> dict[str, Any]:
-    """SDPA's arguments by name, whichever way they were passed."""
-    arguments = dict(SDPA_DEFAULTS)
-    arguments.update(zip(SDPA_DEFAULTS, node.args, strict=False))
-    arguments.update(node.kwargs)
-    return arguments
+    views: Mapping[str, tuple[View, ...]] = field(default_factory=dict)
+    absorbed: frozenset[fx.Node] = frozenset()
+    problem: tuple[Reason, str] | None = None
 
 
 def module_path(node: fx.Node) -> str:
@@ -133,16 +108,14 @@ def _hints(sizes: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def find_sites(gm: fx.GraphModule) -> list[Site]:
-    """All attention calls of a graph, in order, those inside higher-order operators included."""
+    """All attentions of a graph, in order, those inside higher-order operators included."""
     calls: Counter[str] = Counter()
     sites = []
     for graph, nested in _graphs(gm, None):
         joined: dict[fx.Node, bool] = {}
-        for node in graph.nodes:
-            if node.op != "call_function" or node.target not in SDPA_TARGETS:
-                continue
-            path = module_path(node)
-            sites.append(_site(node, path, calls[path], nested, joined))
+        for match in find_matches(graph):
+            path = module_path(match.result)
+            sites.append(_site(match, path, calls[path], nested, joined))
             calls[path] += 1
     return sites
 
@@ -155,16 +128,27 @@ def _graphs(gm: fx.GraphModule, nested: str | None) -> Iterator[tuple[fx.Graph, 
 
 
 def _site(
-    node: fx.Node, path: str, ordinal: int, nested: str | None, joined: dict[fx.Node, bool]
+    match: Match, path: str, ordinal: int, nested: str | None, joined: dict[fx.Node, bool]
 ) -> Site:
-    arguments = bind(node)
-    q, k, v = (fake_value(arguments[name]) for name in ("query", "key", "value"))
-    out = fake_value(node)
-    scale = arguments["scale"]
+    operands = {
+        "query": match.query,
+        "key": match.key,
+        "value": match.value,
+        "attn_mask": match.mask,
+    }
+    q, k, v, mask = (operand.fake for operand in operands.values())
+    out = fake_value(match.result)
+    out = out[0] if isinstance(out, (list, tuple)) else out
     return Site(
-        fx_node=node,
-        arguments=arguments,
+        fx_node=match.result,
+        arguments={name: operand.source for name, operand in operands.items()},
         nested=nested,
+        views={
+            **{name: operand.views for name, operand in operands.items()},
+            "result": match.result_views,
+        },
+        absorbed=match.absorbed,
+        problem=match.problem,
         node=AttentionNode(
             path=path,
             ordinal=ordinal,
@@ -176,12 +160,14 @@ def _site(
             v_stride=tuple(v.stride()),
             dtype=out.dtype,
             device=q.device,
-            scale=None if scale is None else _number(scale, unknown=math.nan),
-            is_causal=bool(arguments["is_causal"]),
-            dropout_p=_number(arguments["dropout_p"], unknown=math.nan),
-            enable_gqa=bool(arguments["enable_gqa"]),
-            mask=mask_kind(fake_value(arguments["attn_mask"])),
-            kind=attention_kind(arguments["query"], arguments["key"], joined),
+            scale=None if match.scale is None else _number(match.scale, unknown=math.nan),
+            is_causal=bool(match.is_causal),
+            dropout_p=_number(match.dropout_p, unknown=math.nan),
+            enable_gqa=bool(match.enable_gqa),
+            mask=mask_kind(mask),
+            kind=attention_kind(
+                match.query.source, match.key.source, joined, (q.shape[-2], k.shape[-2])
+            ),
             requires_grad=bool(out.requires_grad),
         ),
     )

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
-from cef_compile.graph.find import Site, fake_value
+from cef_compile.graph.find import Site
+from cef_compile.graph.patterns.calls import call_name, fake_value, mutates
 from cef_compile.policy import Decision
 
 
@@ -125,7 +126,7 @@ def _replace(
     inputs: tuple[fx.Node, fx.Node],
     fake_mode: FakeTensorMode,
 ) -> tuple[fx.Node, fx.Node]:
-    """Put the op in place of one SDPA call; returns the nodes of its histogram and measures."""
+    """Put the op in place of one attention; returns the nodes of its histogram and measures."""
 
     def emit(target: Any, *args: Any) -> fx.Node:
         node = graph.call_function(target, args)
@@ -137,6 +138,10 @@ def _replace(
 
     def tensor(name: str) -> Any:
         argument = fx.map_arg(site.arguments[name], copies.__getitem__)
+        if argument is None:
+            return None
+        for function, args in site.views.get(name, ()):
+            argument = emit(function, argument, *args)
         if name == "attn_mask" or fake_value(argument).dtype == site.node.dtype:
             return argument
         # Under autocast the casts happen inside SDPA, where the op has none.
@@ -152,11 +157,40 @@ def _replace(
             *decision.variant,
         )
         out, histogram, measured = (emit(operator.getitem, call, i) for i in range(3))
-    out.meta = dict(old.meta)
+        for function, args in site.views.get("result", ()):
+            out = emit(function, out, *args)
+        if _is_viewed(old) and fake_value(old).is_contiguous():
+            out = emit(torch.ops.aten.contiguous.default, out)
+    out.meta = {**old.meta, "example_value": fake_value(out)}
     old.replace_all_uses_with(out)
-    graph.erase_node(old)
+    _erase_unused(graph, {old} | {copies[node] for node in site.absorbed})
     return histogram, measured
 
 
+def _erase_unused(graph: fx.Graph, absorbed: set[fx.Node]) -> None:
+    """Erase absorbed nodes, and what only they looked at, wherever nobody else uses it."""
+    candidates = set(absorbed)
+    for node in reversed(graph.nodes):
+        if node not in candidates or node.users:
+            continue
+        if node in absorbed or (call_name(node) and not mutates(node)):
+            candidates.update(node.all_input_nodes)
+            graph.erase_node(node)
+
+
+def _is_viewed(node: fx.Node) -> bool:
+    """Whether a value is looked at in a way that depends on its strides, directly or not."""
+    seen, todo = {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if user.target in _STRIDED:
+                return True
+            if user not in seen and call_name(user) in ("view", "transpose", "permute"):
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+_STRIDED = ("view", "view_as", "as_strided", torch.as_strided, torch.ops.aten.view.default)
 _PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace")
 """Metadata that says which line of the model a node came from."""

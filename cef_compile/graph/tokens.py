@@ -31,19 +31,20 @@ _JOINS = frozenset(
 )
 
 
-def attention_kind(query: Any, key: Any, memo: dict[fx.Node, bool]) -> Kind:
+def attention_kind(
+    query: Any, key: Any, memo: dict[fx.Node, bool], lengths: tuple[Any, Any]
+) -> Kind:
     """Whether an attention is of a sequence to itself, across, or of joined sequences.
 
     Args:
-        query, key: FX nodes of q and k, ``[..., length, head_dim]``.
+        query, key: FX nodes of q and k, in any layout.
         memo: filled here and reused for other attentions of the graph.
+        lengths: number of queries and of keys.
     """
     q_sources, k_sources = _sources(query), _sources(key)
-    if _length(query) is None or _length(key) is None:
-        return "self"
     if not any(_is_projected(node) for node in (query, key)):
         # Nothing to go by but the lengths: q and k are inputs of the graph.
-        return "self" if _length(query) == _length(key) else "cross"
+        return "self" if lengths[0] == lengths[1] else "cross"
     if not q_sources & k_sources:
         return "cross"
     if q_sources != k_sources:
