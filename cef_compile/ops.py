@@ -96,7 +96,8 @@ def shared_threshold(histograms: list[Tensor], control: Tensor) -> Tensor:
     bin_ = c.threshold_bin(energy, control[c.CONTROL_TARGET])
     shared = control.clone()
     shared[c.CONTROL_LOG2_THRESHOLD] = c.log2_edge(bin_)
-    shared[c.CONTROL_FIXED] = 1.0
+    # Not by assignment, which would send the number from the host and wait for it.
+    shared[c.CONTROL_FIXED].fill_(1.0)
     return shared
 
 
