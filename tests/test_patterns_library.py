@@ -278,6 +278,14 @@ def test_packed_sequences_with_a_block_table_are_refused() -> None:
     assert_refused(function, *one_sequence(), reason=Reason.UNKNOWN_FORM, detail="block_table")
 
 
+def test_ops_without_a_default_overload_are_passed_over() -> None:
+    def function(q, k, v):
+        rows = torch.ops.aten.index(v, [torch.tensor([0, 1])])
+        return dense(q, k, rows)[0]
+
+    assert_taken(function, *tokens())
+
+
 # --- other libraries, PyTorch's own --------------------------------------------------------------
 
 

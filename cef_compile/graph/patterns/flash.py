@@ -48,7 +48,7 @@ def match(node: fx.Node) -> Match | None:
     """The attention of a flash-attn op."""
     target = node.target
     if isinstance(target, torch._ops.OpOverloadPacket):
-        target = target.default
+        target = getattr(target, "default", None)
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return None
     namespace, _, name = target._schema.name.partition("::")
