@@ -61,6 +61,7 @@ class Backend:
         self._switches = Switches()
         # A report outlives its model, so the states are held here and the models are not.
         self._states: list[ModelState] = []
+        self._twins: dict[str, list[ModelState]] = {}
         self._models: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
         self._warned: set[str] = set()
 
@@ -106,12 +107,7 @@ class Backend:
     @property
     def report(self) -> Report:
         """What was found, decided and why, and what the last calls did. Synchronises."""
-        names = [state.name for state in self._states]
-        nodes = []
-        for i, state in enumerate(self._states):
-            twins = names.count(state.name) > 1
-            name = f"{state.name} {names[:i].count(state.name) + 1}" if twins else state.name
-            nodes += [node.reported(name) for node in state.nodes]
+        nodes = [node.reported(state.name) for state in self._states for node in state.nodes]
         return Report(repr(self.policy), nodes, self._unmatched())
 
     @contextmanager
@@ -188,10 +184,14 @@ class Backend:
     def _model_state(self, model: nn.Module | None) -> ModelState:
         if model is not None and model in self._models:
             return self._models[model]
-        state = ModelState(
-            "(unnamed)" if model is None else type(model).__name__, self._warn_of_unmatched_rules
-        )
+        class_ = "(unnamed)" if model is None else type(model).__name__
+        state = ModelState(class_, self._warn_of_unmatched_rules)
         self._states.append(state)
+        twins = self._twins.setdefault(class_, [])
+        twins.append(state)
+        if len(twins) > 1:
+            for i, twin in enumerate(twins, 1):
+                twin.name = f"{class_} {i}"
         if model is not None:
             self._models[model] = state
         return state

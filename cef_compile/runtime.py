@@ -113,7 +113,7 @@ class ModelState:
     """The nodes of one model, and the forward pass that is under way.
 
     Args:
-        name: class of the model.
+        name: class of the model, numbered where its backend serves several of that class.
         after_first_pass: called once, when every filtered node of the model is known.
 
     A pass ends when a node is about to run for the second time. Then the nodes of each group that
@@ -125,6 +125,9 @@ class ModelState:
         self.nodes: list[NodeState] = []
         self._after_first_pass: Callable[[], None] | None = after_first_pass
         self._ran: dict[tuple[str, int], NodeState] = {}
+
+    def __str__(self) -> str:
+        return self.name
 
     def node(
         self, node: AttentionNode, decision: Decision, variant: tuple[Any, ...] | None
@@ -224,7 +227,7 @@ class FilteredGraph:
             for state in filtered:
                 state.calls += 1
                 for audit in self._switches.audits:
-                    audit.add(model.name, state.node, state.decision, state.measures.clone())
+                    audit.add(model, state.node, state.decision, state.measures.clone())
             model.finish(filtered)
         return results[: self._outputs]
 

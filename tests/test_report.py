@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import Stack, tokens
 
+import cef_compile
 from cef_compile.policy import AttentionNode, Decision, Reason
 from cef_compile.report import Audit, AuditedNode, Report, ReportedNode
 from cef_compile.report.table import number, text_table
@@ -159,6 +161,8 @@ class TestAudit:
         assert node.recall == pytest.approx(sum(recall) / n)
         assert node.recalls == recall
         assert node.densities == density
+        assert node.stderrs == stderr
+        assert node.passes == tuple(range(n))
         assert node.threshold == 2.0 ** log2[-1]
         # Independent samples: variances add, and a mean of n divides by n.
         half = 1.959964 * math.sqrt(sum(s**2 for s in stderr)) / n
@@ -203,10 +207,10 @@ class TestAudit:
     def test_plain_data_comes_back_from_json(self, calls: list[tuple[float, ...]]) -> None:
         audit = audit_of([*calls, (0.5, 0.9, 0.9, 0.0, math.nan)])
         back = json.loads(json.dumps(audit.to_dict(), allow_nan=False))
-        assert list(back) == ["recall", "density", "nodes"]
+        assert list(back) == ["recall", "density", "passes", "nodes"]
         (data,) = back["nodes"]
         assert set(data) == {field.name for field in fields(AuditedNode)}
-        for name in ("interval", "recalls", "densities"):
+        for name in ("interval", "recalls", "densities", "stderrs", "passes"):
             data[name] = tuple(data[name])
         assert [AuditedNode(**data)] == audit.nodes
 
@@ -242,6 +246,62 @@ class TestAudit:
         assert math.isnan(audit.density)
         assert "Nothing audited" in str(audit)
         assert audit.to_dict()["nodes"] == []
+
+    @given(runs=st.lists(st.integers(0, 2**4 - 1), min_size=1, max_size=8))
+    def test_a_pass_ends_where_a_node_runs_again(self, runs: list[int]) -> None:
+        """Whatever subset of four nodes each pass runs, in their order, as a model does."""
+        audit = Audit()
+        expected: list[list[int]] = []
+        for mask in runs:
+            nodes = [i for i in range(4) if mask >> i & 1]
+            for i in nodes:
+                audit.add("Wan", replace(NODE, ordinal=i), Decision(0.9), torch.zeros(5))
+                if not expected or i in expected[-1]:
+                    expected.append([])
+                expected[-1].append(i)
+        assert [p.step for p in audit.passes] == [str(i) for i in range(len(expected))]
+        for node in audit.nodes:
+            assert node.passes == tuple(i for i, p in enumerate(expected) if node.ordinal in p)
+
+    def test_passes_of_two_models_are_counted_apart(self) -> None:
+        audit = Audit()
+        for model in ("high", "low", "high"):
+            audit.add(model, NODE, Decision(0.9), torch.zeros(5))
+        passes = [(p.model, p.step) for p in audit.passes]
+        assert passes == [("high", "0"), ("low", "0"), ("high", "1")]
+        assert [node.passes for node in audit.nodes] == [(0, 2), (1,)]
+
+    def test_two_models_of_a_class_are_told_apart(self, fresh_dynamo: None) -> None:
+        """Even where the second one turns up after the first one was audited."""
+        backend = cef_compile.backend(0.9, inner="eager", min_kv_len=0)
+        with backend.audit() as audit, torch.no_grad():
+            for _ in range(2):
+                model = torch.compile(Stack(depth=1), backend=backend)
+                model(tokens(256))
+        assert [node.model for node in audit.nodes] == ["Stack 1", "Stack 2"]
+        assert [p.model for p in audit.passes] == ["Stack 1", "Stack 2"]
+        assert {node.model for node in backend.report.nodes} == {"Stack 1", "Stack 2"}
+
+    def test_labels_name_steps_and_branches(self) -> None:
+        audit = Audit()
+        for step in range(2):
+            for branch in ("text", "no text"):
+                audit.label(step, branch)
+                audit.label(step, branch)  # saying it again changes nothing
+                for ordinal in range(2):
+                    node = replace(NODE, ordinal=ordinal)
+                    audit.add("Wan", node, Decision(0.9), torch.zeros(5))
+        passes = [(p.step, p.branch) for p in audit.passes]
+        assert passes == [("0", "text"), ("0", "no text"), ("1", "text"), ("1", "no text")]
+        assert all(node.passes == (0, 1, 2, 3) for node in audit.nodes)
+
+    def test_a_new_label_starts_a_pass_even_if_other_nodes_run(self) -> None:
+        audit = Audit()
+        audit.label("a")
+        audit.add("Wan", NODE, Decision(0.9), torch.zeros(5))
+        audit.label("b")
+        audit.add("Wan", replace(NODE, ordinal=1), Decision(0.9), torch.zeros(5))
+        assert [p.step for p in audit.passes] == ["a", "b"]
 
 
 class TestTable:

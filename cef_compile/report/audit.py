@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class AuditedNode:
         threshold: share at which a tile was kept in the last call; None where the rule has none.
         calls: number of calls.
         recalls, densities: of each call.
+        stderrs: standard error of each call's recall; 0 where every query tile was looked at.
+        passes: which forward pass each call belongs to, an index into :attr:`Audit.passes`.
     """
 
     model: str
@@ -45,17 +48,99 @@ class AuditedNode:
     calls: int
     recalls: tuple[float, ...]
     densities: tuple[float, ...]
+    stderrs: tuple[float, ...]
+    passes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AuditedPass:
+    """One forward pass of one model.
+
+    Attributes:
+        model: which model.
+        step: the label that was set with :meth:`Audit.label`, or how many passes of the model
+            came before this one.
+        branch: the label of a branch, for instance of classifier-free guidance; "" where none was
+            set.
+    """
+
+    model: str
+    step: str
+    branch: str
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call as it is kept until somebody reads it."""
+
+    decision: Decision
+    measures: Tensor
+    pass_: int
+
+
+@dataclass
+class _Progress:
+    """Where a model is: its pass under way, and the nodes that have run in it."""
+
+    passes: int = 0
+    current: int = -1
+    ran: set[tuple[str, int]] = field(default_factory=set)
 
 
 class Audit:
-    """Collects what filtered calls delivered while it is on; made by ``backend.audit()``."""
+    """Collects what filtered calls delivered while it is on; made by ``backend.audit()``.
+
+    Calls are grouped by forward pass: one ends when a node of the model runs again, or when the
+    label changes. Passes in which nothing was filtered are not seen, so a generation whose first
+    steps are dense is counted from its first filtered one, unless its steps are labelled.
+    """
 
     def __init__(self) -> None:
-        self._calls: dict[tuple[str, str, int], list[tuple[Decision, Tensor]]] = {}
+        # Models as they are, not by name: one gets a number when a second of its class turns up.
+        self._calls: dict[tuple[Hashable, str, int], list[_Call]] = {}
+        self._passes: list[tuple[Hashable, str, str]] = []
+        self._progress: dict[Hashable, _Progress] = {}
+        self._label: tuple[str, str] | None = None
 
-    def add(self, model: str, node: AttentionNode, decision: Decision, measures: Tensor) -> None:
-        """One call of one node; ``measures`` stays on its device until it is read."""
-        self._calls.setdefault((model, *node.key), []).append((decision, measures))
+    def label(self, step: object, branch: object = "") -> None:
+        """Name the coming forward passes, for reports.
+
+        Args:
+            step: for instance the number of the step, or its noise level.
+            branch: for instance "text" and "no text" under classifier-free guidance.
+        """
+        label = (str(step), str(branch))
+        if label != self._label:
+            self._label = label
+            for progress in self._progress.values():
+                progress.ran.clear()
+                progress.current = -1
+
+    def add(
+        self, model: Hashable, node: AttentionNode, decision: Decision, measures: Tensor
+    ) -> None:
+        """One call of one node.
+
+        Args:
+            model: whose ``str()`` names the model.
+            node, decision: which node, and what was wanted of it.
+            measures: the op's; stays on its device until it is read.
+        """
+        progress = self._progress.setdefault(model, _Progress())
+        if progress.current < 0 or node.key in progress.ran:
+            step, branch = self._label or (str(progress.passes), "")
+            progress.current = len(self._passes)
+            progress.passes += 1
+            progress.ran.clear()
+            self._passes.append((model, step, branch))
+        progress.ran.add(node.key)
+        call = _Call(decision, measures, progress.current)
+        self._calls.setdefault((model, *node.key), []).append(call)
+
+    @property
+    def passes(self) -> list[AuditedPass]:
+        """The forward passes in which something was audited, in the order in which they ran."""
+        return [AuditedPass(str(model), step, branch) for model, step, branch in self._passes]
 
     @property
     def nodes(self) -> list[AuditedNode]:
@@ -75,12 +160,13 @@ class Audit:
         return math.fsum(node.density for node in nodes) / len(nodes) if nodes else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: ``recall``, ``density`` and ``nodes``."""
+        """Plain data, ready for JSON: ``recall``, ``density``, ``passes`` and ``nodes``."""
         nodes = self.nodes
         count = len(nodes) or math.nan
         return {
             "recall": math.fsum(node.recall for node in nodes) / count,
             "density": math.fsum(node.density for node in nodes) / count,
+            "passes": [asdict(pass_) for pass_ in self.passes],
             "nodes": [asdict(node) for node in nodes],
         }
 
@@ -105,20 +191,18 @@ class Audit:
             f"{text_table(header, rows)}\nmean recall {self.recall:.4f}, density {self.density:.4f}"
         )
 
-    def _summarise(
-        self, key: tuple[str, str, int], calls: list[tuple[Decision, Tensor]]
-    ) -> AuditedNode:
+    def _summarise(self, key: tuple[Hashable, str, int], calls: list[_Call]) -> AuditedNode:
         model, path, ordinal = key
-        stacked = torch.stack([measures for _, measures in calls]).cpu()
+        stacked = torch.stack([call.measures for call in calls]).cpu()
         read = [Measures.of(row) for row in stacked]
         count = len(read)
         recall = math.fsum(m.recall for m in read) / count
         half = Z_95 * math.sqrt(math.fsum(m.stderr**2 for m in read)) / count
-        target = calls[-1][0].recall
+        target = calls[-1].decision.recall
         assert target is not None, "only filtered nodes are audited"
         threshold = read[-1].threshold
         return AuditedNode(
-            model=model,
+            model=str(model),
             path=path,
             ordinal=ordinal,
             target=target,
@@ -130,4 +214,6 @@ class Audit:
             calls=count,
             recalls=tuple(m.recall for m in read),
             densities=tuple(m.density for m in read),
+            stderrs=tuple(m.stderr for m in read),
+            passes=tuple(call.pass_ for call in calls),
         )
