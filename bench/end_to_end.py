@@ -25,7 +25,7 @@ from diffusers import WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cef_compile
-from cef_compile.demo.environment import environment
+from cef_compile.report.environment import environment
 
 TEXT_TOKENS, TEXT_WIDTH = 512, 4096
 WARMUP, REPEATS = 1, 5  # the first call, which compiles, comes before

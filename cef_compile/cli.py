@@ -125,7 +125,7 @@ def add_env(subparsers: Subparsers) -> None:
 
 def run_env(arguments: argparse.Namespace) -> None:
     """Print the environment."""
-    from cef_compile.demo.environment import describe, environment
+    from cef_compile.report.environment import describe, environment
 
     env = environment()
     print(json.dumps(env, indent=2) if arguments.json else describe(env))

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cef_compile.demo import data, defaults, latents, metrics, pictures, sampler
-from cef_compile.demo.environment import environment
 from cef_compile.demo.measure import Cost
 from cef_compile.demo.outcome import Outcome, Quality
 from cef_compile.demo.settings import Settings, SettingsError
+from cef_compile.report.environment import environment
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from cef_compile.demo.environment import describe
 from cef_compile.demo.measure import Cost
 from cef_compile.demo.metrics import Video, psnr, ssim
 from cef_compile.demo.settings import Settings
+from cef_compile.report.environment import describe
 from cef_compile.report.table import number, text_table
 
 CPU_NOTE: Final = """\

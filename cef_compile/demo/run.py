@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 import cef_compile
 from cef_compile.demo.data import load_clip, load_model
-from cef_compile.demo.environment import environment
 from cef_compile.demo.latents import shuffle, unshuffle
 from cef_compile.demo.measure import Cost, process_peak_bytes, seconds, steady
 from cef_compile.demo.metrics import Video
@@ -19,6 +18,7 @@ from cef_compile.demo.outcome import Outcome, Quality
 from cef_compile.demo.pictures import side_by_side, write_animation, write_still
 from cef_compile.demo.sampler import add_noise, noise_levels, sample
 from cef_compile.demo.settings import Settings
+from cef_compile.report.environment import environment
 
 TIMED_STEPS: Final = 5
 """Steps timed after the video is done. They are not the video's own, because those are audited,
