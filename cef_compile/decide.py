@@ -45,7 +45,7 @@ class Decider:
         least = self.min_kv_len
         if least is None:
             least = ops.default_min_kv_len(node.device)
-        if node.kv_len < least:
+        if 0 <= node.kv_len < least:  # -1 is a length that depends on data
             return Decision.dense(Reason.SHORT_KV_LEN, f"{concrete(node).kv_len} < {least}")
         return wanted
 

@@ -237,6 +237,16 @@ def test_dynamic_lengths() -> None:
     assert compiled.node.q_len == LENGTH
 
 
+def test_lengths_that_depend_on_data() -> None:
+    def function(q, k, v, keep):
+        kept = keep.nonzero().flatten()
+        return (q @ k[:, :, kept].mT * 0.3).softmax(-1) @ v[:, :, kept]
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = assert_taken(function, *qkv(), VISIBLE)
+    assert compiled.node.kv_len == -1
+
+
 def test_through_inductor() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

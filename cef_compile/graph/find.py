@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,6 +107,11 @@ def _hints(sizes: tuple[Any, ...]) -> tuple[int, ...]:
     )
 
 
+def _comparable(sizes: Sequence[Any]) -> tuple[Any, ...]:
+    """Sizes with -1 for those that depend on data: comparing them fails, and policies compare."""
+    return tuple(size if isinstance(size, int) or size.node.has_hint() else -1 for size in sizes)
+
+
 def find_sites(gm: fx.GraphModule) -> list[Site]:
     """All attentions of a graph, in order, those inside higher-order operators included."""
     calls: Counter[str] = Counter()
@@ -152,9 +157,9 @@ def _site(
         node=AttentionNode(
             path=path,
             ordinal=ordinal,
-            q_shape=tuple(q.shape),
-            k_shape=tuple(k.shape),
-            v_shape=tuple(v.shape),
+            q_shape=_comparable(q.shape),
+            k_shape=_comparable(k.shape),
+            v_shape=_comparable(v.shape),
             q_stride=tuple(q.stride()),
             k_stride=tuple(k.stride()),
             v_stride=tuple(v.stride()),

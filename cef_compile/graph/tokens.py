@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cef_compile.graph.patterns import same
 from cef_compile.policy import Kind
 
 _PROJECTIONS = frozenset(
@@ -44,7 +45,7 @@ def attention_kind(
     q_sources, k_sources = _sources(query), _sources(key)
     if not any(_is_projected(node) for node in (query, key)):
         # Nothing to go by but the lengths: q and k are inputs of the graph.
-        return "self" if lengths[0] == lengths[1] else "cross"
+        return "self" if same(*lengths) else "cross"
     if not q_sources & k_sources:
         return "cross"
     if q_sources != k_sources:
@@ -116,7 +117,7 @@ def _has_join(source: fx.Node, memo: dict[fx.Node, bool]) -> bool:
         seen.add(current)
         if current in memo:
             answer = memo[current]
-        elif _length(current) == tokens:
+        elif same(_length(current), tokens):
             answer = _joins_tokens(current)
             todo.extend(_inputs(current))
     memo[source] = answer
@@ -130,4 +131,4 @@ def _joins_tokens(node: fx.Node) -> bool:
     if not isinstance(parts, (list, tuple)):
         return False
     lengths = [_length(part) for part in parts]
-    return len(lengths) > 1 and any(length != _length(node) for length in lengths)
+    return len(lengths) > 1 and not all(same(length, _length(node)) for length in lengths)

@@ -77,7 +77,8 @@ class AttentionNode:
         path: dotted path of the module that makes the call, as of ``model.named_modules()``; empty
             where it is not known (after a graph break inside a block).
         ordinal: 0 for the first call under this path in its graph, 1 for the second, and so on.
-        q_shape, k_shape, v_shape: (batch, heads, length, head_dim); symbolic where dynamic.
+        q_shape, k_shape, v_shape: (batch, heads, length, head_dim); symbolic where dynamic,
+            -1 where it depends on data.
         q_stride, k_stride, v_stride: in elements.
         dtype: of the output, which under autocast may differ from that of the inputs.
         device: of the inputs.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from cef_compile.graph.patterns import flash, library, sdpa, softmax
-from cef_compile.graph.patterns.match import Match, Operand, View, look, same_shape
+from cef_compile.graph.patterns.match import Match, Operand, View, look, same
 
 PATTERNS = (
     sdpa.match,
@@ -22,7 +22,7 @@ PATTERNS = (
     library.match_flex,
 )
 
-__all__ = ["PATTERNS", "Match", "Operand", "View", "find_matches", "look", "same_shape"]
+__all__ = ["PATTERNS", "Match", "Operand", "View", "find_matches", "look", "same"]
 
 
 def find_matches(graph: fx.Graph) -> list[Match]:

@@ -46,7 +46,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def match(node: fx.Node) -> Match | None:
     """The attention of a flash-attn op."""
-    target = node.target
+    target: Any = node.target
     if isinstance(target, torch._ops.OpOverloadPacket):
         target = getattr(target, "default", None)
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
