@@ -8,13 +8,14 @@ TRITON ?= triton==3.7.1
 DEMO_ARGS ?=
 # One thread for each test process: two that fight over the cores take several times as long.
 JOBS ?= 2
+GPU_JOBS ?= 8
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-gpu lint format clean
+.PHONY: demo test test-gpu sanitize lint format clean
 
 demo: $(STAMP)
 	$(BIN)/cef-compile demo $(DEMO_ARGS)
@@ -22,8 +23,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(PYTEST_ARGS)
 
+# Most of a GPU test's time is compiling kernels, which several processes do at once.
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m gpu -n $(GPU_JOBS) $(PYTEST_ARGS)
+
+sanitize: $(STAMP)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/gpu/sanitize.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/gpu/sanitize.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

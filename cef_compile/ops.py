@@ -106,6 +106,31 @@ def next_seeds(controls: list[Tensor]) -> None:
     torch._foreach_add_([control[c.CONTROL_SEED :] for control in controls], 1.0)
 
 
+def kept_tiles(
+    q: Tensor, k: Tensor, attn_mask: Tensor | None, control: Tensor, *, scale: float, rule: str
+) -> tuple[Tensor, Tensor]:
+    """The tile pairs that ``filter="planned"`` keeps, by the PyTorch reference on any device.
+
+    Args:
+        q, k, attn_mask: as the op's; planned head by head, to bound the workspace.
+        control: with a fixed threshold, since the whole node's histogram is never made.
+        scale, rule: as the op's.
+
+    Returns:
+        kept bool ``[B, H, Tm, Tn]``, and bool ``[B, Tn]``: tiles with a visible key.
+    """
+    key_mask = None
+    if attn_mask is not None:
+        key_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])[:, 0, 0]
+    group = q.shape[1] // k.shape[1]
+    heads = []
+    for h in range(q.shape[1]):
+        of_head = k[:, h // group : h // group + 1]
+        planned = reference.plan(q[:, h : h + 1], reference.centroids(of_head, key_mask), scale)
+        heads.append(reference.choose(planned, planned.histogram(), control, rule)[0])
+    return torch.cat(heads, 1), planned.visible
+
+
 def default_min_kv_len(device: torch.device) -> int:
     """kv_len below which filtering does not win on this kind of device."""
     return c.MIN_KV_LEN.get(_planned_for(device), 0)
@@ -138,14 +163,21 @@ def unsupported(node: AttentionNode) -> tuple[Reason, str] | None:
     if limits is None:
         return Reason.DEVICE, str(node.device)
     if node.dtype not in limits.dtypes:
-        return Reason.DTYPE, str(node.dtype).removeprefix("torch.")
+        return Reason.DTYPE, _name(node.dtype)
+    most = limits.max_head_dim
+    if node.dtype == torch.float32:
+        most = limits.max_head_dim_fp32
     for dim in {node.head_dim, node.v_shape[-1]}:
-        if dim % limits.head_dim_multiple or not 0 < dim <= limits.max_head_dim:
+        if dim % limits.head_dim_multiple or not 0 < dim <= most:
             return Reason.HEAD_DIM, (
                 f"head_dim {dim}; {node.device.type} takes multiples of"
-                f" {limits.head_dim_multiple} up to {limits.max_head_dim}"
+                f" {limits.head_dim_multiple} up to {most} in {_name(node.dtype)}"
             )
     return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _kernels(q: Tensor) -> ModuleType:

@@ -94,11 +94,12 @@ class Limits:
     dtypes: tuple[torch.dtype, ...]
     head_dim_multiple: int
     max_head_dim: int
+    max_head_dim_fp32: int
 
 
 LIMITS: Final = {
-    "cpu": Limits((torch.float64, torch.float32, torch.bfloat16, torch.float16), 1, 1 << 16),
-    "cuda": Limits((torch.bfloat16, torch.float16, torch.float32), 8, 256),
+    "cpu": Limits((torch.float64, torch.float32, torch.bfloat16, torch.float16), 1, 1 << 16, 1 << 16),
+    "cuda": Limits((torch.bfloat16, torch.float16, torch.float32), 8, 256, FP32_MAX_HEAD_DIM),
 }
 """By device type; a device that is not listed keeps its nodes dense."""
 
