@@ -16,6 +16,7 @@ from cef_compile.policy import (
     Policy,
     Reason,
     Rules,
+    Schedule,
     Uniform,
 )
 from cef_compile.report import Audit, AuditedNode, Report, ReportedNode
@@ -35,6 +36,7 @@ __all__ = [
     "Report",
     "ReportedNode",
     "Rules",
+    "Schedule",
     "Uniform",
     "UnsupportedNodeError",
     "attention",

@@ -23,7 +23,7 @@ from cef_compile.graph import (
     parameter_name,
     rewrite,
 )
-from cef_compile.layers import Layers
+from cef_compile.layers import Layers, node_bands
 from cef_compile.ops import Phase
 from cef_compile.policy import (
     Balanced,
@@ -31,6 +31,7 @@ from cef_compile.policy import (
     PolicyLike,
     Rules,
     Uniform,
+    check_level,
     check_policy,
 )
 from cef_compile.report import Audit, Report
@@ -59,6 +60,7 @@ class Backend:
         self._decider = Decider(policy, strict, min_kv_len)
         self._inner = inner_compilers.check_inner(inner)
         self._switches = Switches()
+        self._level: float | None = None
         # A report outlives its model, so the states are held here and the models are not.
         self._states: list[ModelState] = []
         self._twins: dict[str, list[ModelState]] = {}
@@ -133,6 +135,15 @@ class Backend:
         finally:
             self._switches.dense -= 1
 
+    def node_of(self, control: Tensor) -> tuple[str, int]:
+        """Path and ordinal of the node whose op was called with this very ``control``."""
+        return next(
+            node.node.key
+            for state in self._states
+            for node in state.nodes
+            if node.variant is not None and node.control is control
+        )
+
     def reset(self) -> None:
         """Forget all histograms and thresholds, so that the next calls repeat the first ones."""
         for state in self._states:
@@ -156,7 +167,30 @@ class Backend:
         ]
         self._decider.policy = policy
         for node, decision in changes:
-            node.decide(decision)
+            node.decide(decision, node_bands(policy, node.node, decision), self._level)
+
+    def set_noise_level(self, sigma: float | None) -> None:
+        """Say which noise level the coming calls are at, for :class:`Schedule` policies.
+
+        Call it before each step. Nothing is recompiled and nothing waits for the device.
+
+        Args:
+            sigma: in the unit of the schedule's bands, at least 0; None forgets the level, and a
+                call that needs one then raises.
+
+        Raises:
+            TypeError: ``sigma`` is no plain number. Reading a tensor on a GPU would wait for it;
+                schedulers keep their sigmas on the CPU, where ``.item()`` costs nothing.
+            ValueError: it is negative or not finite.
+        """
+        self._level = None if sigma is None else check_level("sigma", sigma)
+        for state in self._states:
+            state.set_level(self._level)
+
+    @property
+    def noise_level(self) -> float | None:
+        """The noise level that was set last; None where none is."""
+        return self._level
 
     def set_recall(self, recall: float) -> None:
         """Change the recall of a :class:`Balanced` or :class:`Uniform` policy; see `set_policy`.
@@ -185,7 +219,7 @@ class Backend:
         if model is not None and model in self._models:
             return self._models[model]
         class_ = "(unnamed)" if model is None else type(model).__name__
-        state = ModelState(class_, self._warn_of_unmatched_rules)
+        state = ModelState(class_, self._warn_of_unmatched_rules, self._level)
         self._states.append(state)
         twins = self._twins.setdefault(class_, [])
         twins.append(state)

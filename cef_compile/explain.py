@@ -25,7 +25,8 @@ def explain(
 
     The model is traced, not compiled, and no kernel runs: every graph is answered with zeros of
     the right shapes. Parameters and inputs may be on the meta device. It is seen as at inference,
-    without gradients. Code between graphs (after a graph break) does run, on those zeros.
+    without gradients, and at noise level 0. Code between graphs (after a graph break) does run, on
+    those zeros.
 
     Args:
         model: a module or function.
@@ -36,6 +37,7 @@ def explain(
         TypeError, ValueError: as for :func:`cef_compile.backend`.
     """
     chosen = backend(recall, policy=policy, inner=_answer_with_zeros, min_kv_len=min_kv_len)
+    chosen.set_noise_level(0.0)
     with torch.no_grad():
         torch.compile(model, backend=chosen, dynamic=False)(*args, **kwargs)
     chosen.reset()  # the zeros have left traces that no call has earned

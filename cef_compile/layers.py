@@ -10,8 +10,14 @@ from torch import nn
 
 from cef_compile.decide import Decider, join
 from cef_compile.graph import Owner, Site, concrete
-from cef_compile.policy import Decision
+from cef_compile.policy import AttentionNode, Bands, Decision, PolicyLike, noise_bands
 from cef_compile.runtime import Layer, ModelState
+
+
+def node_bands(policy: PolicyLike, node: AttentionNode, decision: Decision) -> Bands:
+    """The bands of a node's schedule; none where it is dense for good or has none."""
+    bands = () if decision.is_dense else noise_bands(policy, node)
+    return bands if len(bands) > 1 else ()
 
 
 class Layers:
@@ -63,6 +69,7 @@ class Layers:
             for site, variant in zip(self._sites, self._variants, strict=True):
                 node = site.node.at(join(prefix, site.node.path))
                 decision = self._decider.settle(self._decider.decide(site, prefix), node, variant)
-                nodes.append(model.node(node, decision, variant))
+                bands = node_bands(self._decider.policy, node, decision)
+                nodes.append(model.node(node, decision, variant, bands))
             layers[prefix] = (model, tuple(node for node in nodes if node.variant is not None))
         return layers

@@ -101,6 +101,15 @@ def shared_threshold(histograms: list[Tensor], control: Tensor) -> Tensor:
     return shared
 
 
+def set_controls(controls: list[Tensor], fresh: list[Tensor]) -> None:
+    """Copy targets and thresholds, in place; the audit's seeds go on. No host synchronisation."""
+    with torch.no_grad():
+        torch._foreach_copy_(
+            [control[: c.CONTROL_SEED] for control in controls],
+            [control[: c.CONTROL_SEED] for control in fresh],
+        )
+
+
 def next_seeds(controls: list[Tensor]) -> None:
     """Advance the audit's seed of each control, in place and on its device."""
     torch._foreach_add_([control[c.CONTROL_SEED :] for control in controls], 1.0)

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cef_compile import ops
 from cef_compile.ops import Phase
-from cef_compile.policy import AttentionNode, Decision
+from cef_compile.policy import AttentionNode, Bands, Decision, band_at
 from cef_compile.report import Audit, ReportedNode
 
 FILL = Decision(1.0)
@@ -44,18 +44,30 @@ class NodeState:
 
     Attributes:
         node: the node, with its path in the model and concrete sizes.
-        decision: what is done with it.
+        decision: what is done with it, at the noise level that is set where there is a schedule.
+        bands: its decisions by noise level; empty where no schedule changes them.
+        waiting: whether there is a schedule and no noise level yet.
         variant: the filter compiled into its graph; None where it was compiled dense.
         calls: how often its graph ran with it filtered.
         control, histogram, measures: its numbers on the device, see :mod:`cef_compile.ops`.
     """
 
     def __init__(
-        self, node: AttentionNode, decision: Decision, variant: tuple[Any, ...] | None
+        self,
+        node: AttentionNode,
+        decision: Decision,
+        variant: tuple[Any, ...] | None,
+        bands: Bands = (),
+        level: float | None = None,
     ) -> None:
         self.node = node
         self.decision = decision
         self.variant = variant
+        self.bands: Bands = ()
+        self.waiting = False
+        self._band = -1
+        self._controls: list[Tensor] = []
+        self._schedule(decision, bands, level)
         self.reset()
 
     def reset(self) -> None:
@@ -63,21 +75,46 @@ class NodeState:
         self.calls = 0
         if self.variant is None:
             return
-        decision = FILL if self.decision.is_dense else self.decision
         # Tensors made in inference mode could not be updated outside it later on.
         with torch.inference_mode(False):
-            self.control = ops.new_control(decision, self.node.device)
+            self.control = self._new_control(self.decision)
             self.histogram = self.control.new_zeros(2, ops.RANK_BINS)
             self.measures = self.control.new_zeros(ops.MEASURE_SIZE)
 
-    def decide(self, decision: Decision) -> None:
+    def decide(self, decision: Decision, bands: Bands = (), level: float | None = None) -> None:
         """Take another decision, without another compilation; a node's history stays."""
-        self.decision = decision
+        self._schedule(decision, bands, level)
         if self.variant is None:
             return
-        fresh = ops.new_control(FILL if decision.is_dense else decision, self.node.device)
+        fresh = self._new_control(self.decision)
         with torch.no_grad():
             self.control.copy_(fresh)
+
+    def at_level(self, level: float | None) -> Tensor | None:
+        """Take the decision of a noise level; returns its control if it is another one now.
+
+        The controls of all bands are on the device already, so that nothing waits for it.
+        """
+        if not self.bands:
+            return None
+        self.waiting = level is None
+        if level is None:
+            return None
+        band = band_at(self.bands, level)
+        if band == self._band:
+            return None
+        self._band, self.decision = band, self.bands[band][1]
+        return self._controls[band]
+
+    def _schedule(self, decision: Decision, bands: Bands, level: float | None) -> None:
+        self.decision, self.bands, self._band = decision, bands, -1
+        self.waiting = bool(bands)
+        with torch.inference_mode(False):
+            self._controls = [self._new_control(banded) for _, banded in bands]
+        self.at_level(level)
+
+    def _new_control(self, decision: Decision) -> Tensor:
+        return ops.new_control(FILL if decision.is_dense else decision, self.node.device)
 
     def reported(self, model: str) -> ReportedNode:
         """The node's line in a report. Synchronises with the device."""
@@ -115,13 +152,17 @@ class ModelState:
     Args:
         name: class of the model, numbered where its backend serves several of that class.
         after_first_pass: called once, when every filtered node of the model is known.
+        level: noise level that is set; None where none is.
 
     A pass ends when a node is about to run for the second time. Then the nodes of each group that
     ran in it get the one threshold at which their mean recall is the target.
     """
 
-    def __init__(self, name: str, after_first_pass: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, after_first_pass: Callable[[], None], level: float | None = None
+    ) -> None:
         self.name = name
+        self.level = level
         self.nodes: list[NodeState] = []
         self._after_first_pass: Callable[[], None] | None = after_first_pass
         self._ran: dict[tuple[str, int], NodeState] = {}
@@ -130,15 +171,32 @@ class ModelState:
         return self.name
 
     def node(
-        self, node: AttentionNode, decision: Decision, variant: tuple[Any, ...] | None
+        self,
+        node: AttentionNode,
+        decision: Decision,
+        variant: tuple[Any, ...] | None,
+        bands: Bands = (),
     ) -> NodeState:
         """The state of a node; the same one where a graph was compiled again for equal sizes."""
         for state in self.nodes:
             same = state.node.key == node.key and state.variant == variant
             if same and state.node.q_shape == node.q_shape and state.node.k_shape == node.k_shape:
                 return state
-        self.nodes.append(NodeState(node, decision, variant))
+        self.nodes.append(NodeState(node, decision, variant, bands, self.level))
         return self.nodes[-1]
+
+    def set_level(self, level: float | None) -> None:
+        """Take the decisions of a noise level. No host synchronisation."""
+        self.level = level
+        changes = [(state.control, state.at_level(level)) for state in self.nodes if state.bands]
+        changed = [(control, fresh) for control, fresh in changes if fresh is not None]
+        if changed:
+            ops.set_controls([old for old, _ in changed], [fresh for _, fresh in changed])
+
+    def end_pass(self) -> None:
+        """The pass under way is over: find the thresholds that its histograms ask for."""
+        if self._ran:
+            self._end_pass()
 
     def begin(self, layer: Sequence[NodeState]) -> None:
         """A call for these nodes is about to run."""
@@ -205,8 +263,17 @@ class FilteredGraph:
         self._only: Layer | None = None
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        """Run the graph for the layer that the arguments belong to."""
+        """Run the graph for the layer that the arguments belong to.
+
+        Raises:
+            RuntimeError: a node has a schedule, and no noise level is set.
+        """
         model, layer = self._layer(args)
+        if not self._switches.dense and any(state.waiting for state in layer):
+            raise RuntimeError(
+                "the policy has a schedule, and no noise level is set: call"
+                " backend.set_noise_level(sigma) before each step"
+            )
         phases = [self._switches.phase(state.decision) for state in layer]
         filtered = [s for s, p in zip(layer, phases, strict=True) if p != Phase.DENSE]
         model.begin(filtered)

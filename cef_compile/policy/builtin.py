@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from cef_compile.policy.bands import Bands, noise_bands
 from cef_compile.policy.decision import Decision, Policy, PolicyLike, ask, check_fraction
 from cef_compile.policy.node import SHORT_CONTEXT, AttentionNode, Reason
 
 BALANCED_GROUP = "balanced"
 REGEX_PREFIX = "re:"
 DEFAULT_PATTERN = "*"
+NO_RULE = "no rule matches the path"
 
 
 def _usual(node: AttentionNode, decision: Decision) -> Decision:
@@ -96,17 +98,31 @@ class Rules:
         if not isinstance(rules, Mapping):
             raise TypeError(f"Rules needs a mapping from pattern to recall, got {rules!r}")
         self._given = dict(rules)
-        self._rules = {pattern: _rule_policy(pattern, value) for pattern, value in rules.items()}
+        self._rules = {
+            _check_pattern(pattern): policy_of(f"rule {pattern!r}", value)
+            for pattern, value in rules.items()
+        }
         self._regexes = {p: _compile(p) for p in self._rules if p.startswith(REGEX_PREFIX)}
 
     def __repr__(self) -> str:
         return f"Rules({self._given!r})"
 
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The rules as they were given."""
+        return dict(self._given)
+
     def decide(self, node: AttentionNode) -> Decision:
         """The decision of the first rule that matches ``node.path``."""
         for pattern in self.matches(node.path):
             return ask(self._rules[pattern], node)
-        return Decision.dense(Reason.POLICY, "no rule matches the path")
+        return Decision.dense(Reason.POLICY, NO_RULE)
+
+    def noise_bands(self, node: AttentionNode) -> Bands:
+        """The decisions on ``node`` by noise level: several where its rule is a Schedule."""
+        for pattern in self.matches(node.path):
+            return noise_bands(self._rules[pattern], node)
+        return ((0.0, Decision.dense(Reason.POLICY, NO_RULE)),)
 
     def matches(self, path: str) -> Iterator[str]:
         """Patterns that match ``path``, the one that counts first."""
@@ -132,17 +148,29 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"rule {pattern!r} is no regular expression: {error}") from error
 
 
-def _rule_policy(pattern: Any, value: Any) -> PolicyLike:
-    """The policy behind one rule."""
+def _check_pattern(pattern: Any) -> str:
     if not isinstance(pattern, str):
         raise TypeError(f"a rule's pattern must be a string, got {pattern!r}")
+    return pattern
+
+
+def policy_of(where: str, value: Any) -> PolicyLike:
+    """The policy behind a value of :class:`Rules` or :class:`Schedule`.
+
+    Args:
+        where: what the value belongs to, for reports and errors.
+        value: a recall in (0, 1] (as :class:`Uniform`), None, a Decision or a policy.
+
+    Raises:
+        TypeError, ValueError: it is none of them, or a recall out of range.
+    """
     if value is None:
-        return _Always(Decision.dense(Reason.POLICY, f"rule {pattern!r}"))
+        return _Always(Decision.dense(Reason.POLICY, where))
     if isinstance(value, Decision):
         return _Always(value)
     if not isinstance(value, type) and (isinstance(value, Policy) or callable(value)):
         return value
-    return Uniform(check_fraction(f"the recall of rule {pattern!r}", value))
+    return Uniform(check_fraction(f"the recall of {where}", value))
 
 
 @dataclass(frozen=True)
