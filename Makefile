@@ -10,6 +10,8 @@ DEMO_ARGS ?=
 JOBS ?= 2
 GPU_JOBS ?= 8
 PYTEST_ARGS ?=
+# Pages are looked at in a browser where there is one.
+MARKS := $(if $(shell command -v chromium),not gpu,not gpu and not browser)
 
 BIN := $(VENV)/bin
 PIP := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check
@@ -22,7 +24,8 @@ demo: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/cef-compile demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope \
+		-m "$(MARKS)" $(PYTEST_ARGS)
 
 # Most of a GPU test's time is compiling kernels, which several processes do at once.
 test-gpu: $(STAMP)

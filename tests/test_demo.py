@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from report_cases import DENSE, FILTERED
 
 from cef_compile.demo import data, defaults, latents, metrics, pictures, sampler
 from cef_compile.demo.measure import Cost
 from cef_compile.demo.outcome import Outcome, Quality
 from cef_compile.demo.settings import Settings, SettingsError
+from cef_compile.report import Report
 from cef_compile.report.environment import environment
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -213,10 +216,23 @@ class TestSettings:
 
 
 NODES = (
-    {"path": "a", "ordinal": 0, "kind": "self", "kv_len": 256, "reason": ""},
-    {"path": "a", "ordinal": 1, "kind": "cross", "kv_len": 8, "reason": "short"},
+    replace(FILTERED, model="Wan", path="a", ordinal=0),
+    replace(DENSE, model="Wan", path="a", ordinal=1, reason="short"),
 )
-AUDITED = {"path": "a", "ordinal": 0, "recall": 0.9, "interval": (0.8, 1.0), "density": 0.5}
+AUDITED = {
+    "model": "Wan",
+    "path": "a",
+    "ordinal": 0,
+    "target": 0.9,
+    "recall": 0.9,
+    "interval": [0.8, 1.0],
+    "density": 0.5,
+    "calls": 1,
+    "recalls": [0.9],
+    "densities": [0.5],
+    "passes": [0],
+}
+PASSES = [{"model": "Wan", "step": "1", "branch": ""}]
 
 
 class TestOutcome:
@@ -228,19 +244,21 @@ class TestOutcome:
             process_peak_bytes=2**31,
             filtered=Quality(40.0, 0.99),
             floor=Quality(math.inf, 1.0),
-            report={"policy": "Balanced(0.9)", "nodes": NODES},
+            report=Report("Balanced(0.9)", NODES).to_dict(),
             audit=audit,
         )
 
     def test_nodes_and_audits_are_joined_by_path_and_ordinal(self, tmp_path: Path) -> None:
-        audit = {"recall": 0.9, "density": 0.5, "nodes": [AUDITED]}
-        first, second = self.outcome(tmp_path, audit).nodes
+        audit = {"recall": 0.9, "density": 0.5, "passes": PASSES, "nodes": [AUDITED]}
+        first, second = self.outcome(tmp_path, audit).record["nodes"]
         assert first["audit"] == AUDITED
         assert second["audit"] is None
 
     def test_files(self, tmp_path: Path) -> None:
-        audit = {"recall": 0.9, "density": 0.5, "nodes": [AUDITED]}
+        audit = {"recall": 0.9, "density": 0.5, "passes": PASSES, "nodes": [AUDITED]}
         outcome = self.outcome(tmp_path, audit)
+        for name in ("frames.png", "frames.gif"):
+            Image.new("RGB", (2, 2)).save(tmp_path / name)
         outcome.write(tmp_path)
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["quality"]["floor"] == {"psnr_db": None, "ssim": 1.0}
@@ -254,6 +272,8 @@ class TestOutcome:
         assert "dense: short" in text
 
     def test_nothing_filtered_is_null_in_json(self, tmp_path: Path) -> None:
-        outcome = self.outcome(tmp_path, {"recall": math.nan, "density": math.nan, "nodes": []})
+        outcome = self.outcome(
+            tmp_path, {"recall": math.nan, "density": math.nan, "passes": [], "nodes": []}
+        )
         assert outcome.to_dict()["mean"] == {"recall": None, "density": None}
         assert "no node was filtered" in str(outcome)

@@ -11,73 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import Stack, tokens
+from report_cases import DENSE, FILTERED, NODE
 
 import cef_compile
-from cef_compile.policy import AttentionNode, Decision, Reason
+from cef_compile.policy import Decision
 from cef_compile.report import Audit, AuditedNode, Report, ReportedNode
 from cef_compile.report.table import number, text_table
 
-FILTERED = ReportedNode(
-    model="Wan",
-    path="blocks.0.attn1",
-    ordinal=0,
-    kind="self",
-    q_shape=(1, 2, 4096, 64),
-    kv_shape=(1, 2, 8192, 64),
-    dtype="bfloat16",
-    device="cpu",
-    mask="none",
-    decision="filtered",
-    filter="planned",
-    rule="threshold",
-    certify="none",
-    recall=0.9,
-    group="balanced",
-    reason="",
-    detail="",
-    calls=3,
-    density=0.25,
-    estimated_recall=0.91,
-    threshold=0.01,
-)
-DENSE = replace(
-    FILTERED,
-    path="blocks.0.attn2",
-    ordinal=1,
-    kind="cross",
-    decision="dense",
-    filter="",
-    rule="",
-    certify="",
-    recall=None,
-    group=None,
-    reason=str(Reason.CROSS_ATTENTION),
-    detail="77 keys",
-    calls=0,
-    density=None,
-    estimated_recall=None,
-    threshold=None,
-)
-
-NODE = AttentionNode(
-    path="a",
-    ordinal=0,
-    q_shape=(1, 1, 4, 8),
-    k_shape=(1, 1, 4, 8),
-    v_shape=(1, 1, 4, 8),
-    q_stride=(1, 1, 1, 1),
-    k_stride=(1, 1, 1, 1),
-    v_stride=(1, 1, 1, 1),
-    dtype=torch.float32,
-    device=torch.device("cpu"),
-    scale=None,
-    is_causal=False,
-    dropout_p=0.0,
-    enable_gqa=False,
-    mask="none",
-    kind="self",
-    requires_grad=False,
-)
 SHARES = st.floats(0, 1, width=32)
 CALLS = st.tuples(SHARES, SHARES, SHARES, st.floats(0, 0.25, width=32), st.floats(-16, 0, width=32))
 """Density, estimate, recall, its standard error, log2 of the threshold."""

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Final
+from itertools import count
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import cef_compile
+from cef_compile.backend import Backend
 from cef_compile.demo.data import load_clip, load_model
 from cef_compile.demo.latents import shuffle, unshuffle
 from cef_compile.demo.measure import Cost, process_peak_bytes, seconds, steady
 from cef_compile.demo.metrics import Video
 from cef_compile.demo.outcome import Outcome, Quality
 from cef_compile.demo.pictures import side_by_side, write_animation, write_still
-from cef_compile.demo.sampler import add_noise, noise_levels, sample
+from cef_compile.demo.sampler import Model, add_noise, noise_levels, sample
 from cef_compile.demo.settings import Settings
+from cef_compile.report import Audit, TileMap
 from cef_compile.report.environment import environment
+from cef_compile.tile_maps import tile_maps
 
+BRANCHES: Final = ("text", "no text")
+"""The calls of a guided step, in their order."""
+PICTURED_NODES: Final = 3
+"""Nodes whose tile maps are made: those furthest below their target."""
 TIMED_STEPS: Final = 5
 """Steps timed after the video is done. They are not the video's own, because those are audited,
 and an audit costs time."""
@@ -43,10 +51,13 @@ def run_demo(settings: Settings) -> Outcome:
 
     model = load_model(device, dtype)
     backend = cef_compile.backend(recall=settings.recall)
+    # At the demo's size a GPU is done with a kernel before the next one is launched, so that times
+    # would be those of the launches; CUDA graphs replay them all at once.
+    mode = "reduce-overhead" if device.type == "cuda" else None
     ways = {
         "eager": model,
-        "compiled": torch.compile(model),
-        "filtered": torch.compile(model, backend=backend),
+        "compiled": torch.compile(model, mode=mode),
+        "filtered": torch.compile(model, backend=backend, mode=mode),
     }
     videos: dict[str, Video] = {}
     costs: dict[str, Cost] = {}
@@ -56,9 +67,13 @@ def run_demo(settings: Settings) -> Outcome:
             one_step = partial(sample, way, start, text, levels[:2], bar.update)
             first_step_s = seconds(one_step, device)
             with backend.audit() as audit:  # sees nothing until the last way, the filtered one
-                videos[name] = to_video(sample(way, start, text, levels, bar.update))
+                video = sample(_labelled(way, audit), start, text, levels, bar.update)
+                videos[name] = to_video(video)
             costs[name] = Cost(first_step_s, *steady(one_step, TIMED_STEPS, device))
 
+    frames = side_by_side(videos["eager"], videos["filtered"])
+    write_still(settings.out / "frames.png", frames)
+    write_animation(settings.out / "frames.gif", frames)
     outcome = Outcome(
         settings=settings,
         environment=environment(),
@@ -68,10 +83,10 @@ def run_demo(settings: Settings) -> Outcome:
         floor=Quality.of(videos["eager"], videos["compiled"]),
         report=backend.report.to_dict(),
         audit=audit.to_dict(),
+        tile_maps=[
+            found.to_dict() for found in _tile_maps(backend, audit, model, start, text, levels[0])
+        ],
     )
-    frames = side_by_side(videos["eager"], videos["filtered"])
-    write_still(settings.out / "frames.png", frames)
-    write_animation(settings.out / "frames.gif", frames)
     outcome.write(settings.out)
     return outcome
 
@@ -81,3 +96,28 @@ def to_video(latents: Tensor) -> Video:
     pixels = shuffle(latents[0]).clamp(-1, 1) / 2 + 0.5
     video: Video = pixels.permute(1, 2, 3, 0).float().cpu().numpy()
     return video
+
+
+def _labelled(model: Model, audit: Audit) -> Model:
+    """``model``, whose calls tell the audit which step and branch they are."""
+    calls = count()
+
+    def call(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        step, branch = divmod(next(calls), len(BRANCHES))
+        audit.label(step + 1, BRANCHES[branch])
+        return model(*args, **kwargs)
+
+    return call
+
+
+def _tile_maps(
+    backend: Backend, audit: Audit, model: nn.Module, start: Tensor, text: Tensor, level: float
+) -> list[TileMap]:
+    """Maps of the worst nodes in the first step without text, the backend's last call."""
+    worst = sorted(audit.nodes, key=lambda node: node.recall - node.target)[:PICTURED_NODES]
+    if not worst:
+        return []
+    timestep = torch.tensor([1000 * level], device=start.device)
+    inputs = (start.to(text.dtype), timestep, torch.zeros_like(text))
+    paths = {node.path for node in worst}
+    return tile_maps(backend, model, *inputs, nodes=paths, return_dict=False)

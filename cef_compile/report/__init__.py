@@ -1,6 +1,18 @@
 """What was found, decided and delivered."""
 
-from cef_compile.report.audit import Audit, AuditedNode
+from cef_compile.report.audit import Audit, AuditedNode, AuditedPass
+from cef_compile.report.html import Table, write_html
 from cef_compile.report.summary import Report, ReportedNode
+from cef_compile.report.tiles import TileMap, TilePanel
 
-__all__ = ["Audit", "AuditedNode", "Report", "ReportedNode"]
+__all__ = [
+    "Audit",
+    "AuditedNode",
+    "AuditedPass",
+    "Report",
+    "ReportedNode",
+    "Table",
+    "TileMap",
+    "TilePanel",
+    "write_html",
+]

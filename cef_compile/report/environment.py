@@ -35,19 +35,25 @@ def environment() -> dict[str, Any]:
     }
 
 
-def describe(env: Mapping[str, Any]) -> str:
-    """:func:`environment` as lines for a terminal."""
-    rows = [(name, found or "not installed") for name, found in env["versions"].items()]
-    rows += [("python", env["python"]), ("platform", env["platform"])]
-    rows.append(("cpu", f"{env['cpu']['cores']} cores, {env['cpu']['torch_threads']} threads"))
-    rows.append(("cuda build", env["cuda"]["built_for"] or "none (CPU build of torch)"))
+def rows(env: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """:func:`environment` as names and texts for a reader."""
+    found = [(name, text or "not installed") for name, text in env["versions"].items()]
+    found += [("python", env["python"]), ("platform", env["platform"])]
+    found.append(("cpu", f"{env['cpu']['cores']} cores, {env['cpu']['torch_threads']} threads"))
+    found.append(("cuda build", env["cuda"]["built_for"] or "none (CPU build of torch)"))
     for gpu in env["cuda"]["devices"]:
         text = f"{gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}"
-        rows.append(("gpu", text))
+        found.append(("gpu", text))
     if not env["cuda"]["devices"]:
-        rows.append(("gpu", "none found"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+        found.append(("gpu", "none found"))
+    return found
+
+
+def describe(env: Mapping[str, Any]) -> str:
+    """:func:`environment` as lines for a terminal."""
+    lines = rows(env)
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
 
 def _version(package: str) -> str | None:

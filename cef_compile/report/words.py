@@ -1,0 +1,71 @@
+"""A report in words: what a reader should know before the numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+
+def sentences(record: Mapping[str, Any]) -> list[str]:
+    """Paragraphs about a record, see :mod:`cef_compile.report.record`."""
+    nodes = record["nodes"]
+    if not nodes:
+        return ["No attention node was seen: run the compiled model once, then write the report."]
+    filtered = [node for node in nodes if node["decision"] == "filtered"]
+    dense = [node for node in nodes if node["decision"] != "filtered"]
+    text = [_decisions(len(nodes), len(filtered), record["policy"]), _reasons(dense)]
+    if record["unmatched_rules"]:
+        patterns = ", ".join(map(repr, record["unmatched_rules"]))
+        text.append(f"Rules of the policy that match no node: {patterns}.")
+    if filtered:
+        text += _delivered(record, [node for node in filtered if node["audit"]])
+    return [paragraph for paragraph in text if paragraph]
+
+
+def _decisions(count: int, filtered: int, policy: str) -> str:
+    are = "is" if filtered == 1 else "are"
+    return f"Of {count} attention nodes {filtered} {are} filtered. Policy: {policy}."
+
+
+def _reasons(dense: list[Mapping[str, Any]]) -> str:
+    if not dense:
+        return "None is dense."
+    counts = Counter(node["reason"] for node in dense).most_common()
+    return "Dense: " + "; ".join(f"{reason} ({count})" for reason, count in counts) + "."
+
+
+def _delivered(record: Mapping[str, Any], audited: list[Mapping[str, Any]]) -> list[str]:
+    if not audited:
+        return [
+            "Nothing was audited, so the achieved recall is not known: run the model inside"
+            " backend.audit()."
+        ]
+    audits = [node["audit"] for node in audited]
+    recall = sum(audit["recall"] for audit in audits) / len(audits)
+    density = sum(audit["density"] for audit in audits) / len(audits)
+    target = sum(audit["target"] for audit in audits) / len(audits)
+    passes = len(record["passes"]) or max(audit["calls"] for audit in audits)
+    worst = min(audited, key=lambda node: node["audit"]["recall"] - node["audit"]["target"])
+    name, found = f"{worst['path'] or '(unnamed)'}#{worst['ordinal']}", worst["audit"]
+    low, high = found["interval"]
+    within = "at" if abs(recall - target) < 0.005 else "above" if recall > target else "below"
+    paragraph = (
+        f"Over {passes} forward pass{'' if passes == 1 else 'es'} the filtered nodes computed"
+        f" {100 * density:.1f} % of their key tiles, which carried {100 * recall:.1f} % of the"
+        f" attention energy: {within} the target of {100 * target:.1f} %, which is a mean."
+        f" The node furthest from it is {name} with {100 * found['recall']:.1f} %"
+        f" (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+        f" at {100 * found['density']:.1f} % of its tiles."
+    )
+    shares = {node["group"] for node in audited if node.get("group")}
+    note = (
+        "Nodes of a group share one threshold: peaked attention ends above the target and diffuse"
+        " attention below, on purpose. "
+        if shares
+        else ""
+    )
+    return [
+        paragraph,
+        f"{note}Tiles that were not computed are not time saved: choosing them costs time too.",
+    ]
