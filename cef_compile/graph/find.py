@@ -22,7 +22,8 @@ from cef_compile.policy import AttentionNode, MaskKind, Reason
 
 _ROOT = re.compile(r"^[LG]\[(['\"]).*?\1\]\.?")
 _MODULES = re.compile(r"\.?(?:__dict__\[['\"])?_modules(?:['\"]\])?\[['\"]([^'\"]*)['\"]\]")
-_METHOD = re.compile(r"^.*__self__\.?")
+_HOOK = re.compile(r"\.?\b(?:forward|fn_ref)\b.*?__self__")
+"""The detour by which a hook reaches its module: through the method that it wraps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ def module_path(node: fx.Node) -> str:
 def source_path(source: str) -> str:
     """A Dynamo source below its root as a dotted path."""
     path = _MODULES.sub(r".\1", _ROOT.sub("", source))
-    return _METHOD.sub("", path).strip(".")
+    return _HOOK.sub("", path).strip(".")
 
 
 def mask_kind(mask: Any) -> MaskKind:
