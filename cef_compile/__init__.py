@@ -6,18 +6,22 @@ recall was delivered.
 """
 
 from cef_compile.backend import Backend, backend, named_backend
-from cef_compile.errors import UnsupportedNodeError
+from cef_compile.errors import PolicyFormatError, UnsupportedNodeError
 from cef_compile.explain import explain
 from cef_compile.functional import AttentionStats, attention
 from cef_compile.policy import (
     AttentionNode,
     Balanced,
+    Calibration,
     Decision,
+    NodePolicy,
     Policy,
     Reason,
     Rules,
     Schedule,
     Uniform,
+    load_policy,
+    save_policy,
 )
 from cef_compile.report import Audit, AuditedNode, Report, ReportedNode
 
@@ -30,8 +34,11 @@ __all__ = [
     "AuditedNode",
     "Backend",
     "Balanced",
+    "Calibration",
     "Decision",
+    "NodePolicy",
     "Policy",
+    "PolicyFormatError",
     "Reason",
     "Report",
     "ReportedNode",
@@ -42,5 +49,7 @@ __all__ = [
     "attention",
     "backend",
     "explain",
+    "load_policy",
     "named_backend",
+    "save_policy",
 ]

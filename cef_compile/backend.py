@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +28,7 @@ from cef_compile.ops import Phase
 from cef_compile.policy import (
     Balanced,
     Decision,
+    NodePolicy,
     PolicyLike,
     Rules,
     Uniform,
@@ -65,7 +66,7 @@ class Backend:
         self._states: list[ModelState] = []
         self._twins: dict[str, list[ModelState]] = {}
         self._models: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
-        self._warned: set[str] = set()
+        self._warned: set[Hashable] = set()
 
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any
@@ -168,6 +169,8 @@ class Backend:
         self._decider.policy = policy
         for node, decision in changes:
             node.decide(decision, node_bands(policy, node.node, decision), self._level)
+        if isinstance(policy, NodePolicy):
+            self._warn_of_differences(policy)
 
     def set_noise_level(self, sigma: float | None) -> None:
         """Say which noise level the coming calls are at, for :class:`Schedule` policies.
@@ -204,6 +207,31 @@ class Backend:
             raise TypeError(f"{policy!r} has no single recall; use set_policy")
         self.set_policy(dataclasses.replace(policy, recall=recall))
 
+    def frozen_policy(self, model: nn.Module | None = None) -> NodePolicy:
+        """The decisions as they are now, with the thresholds that `Balanced` has found fixed.
+
+        The result does what the next call would do, whatever ran before; `save_policy` keeps it.
+        It works for any policy, also one of your own code. Synchronises with the device.
+
+        Args:
+            model: which model, for a backend that serves several.
+
+        Raises:
+            RuntimeError: nothing has run yet.
+            ValueError: the backend serves several models, or not this one, or its `Balanced` is
+                inside a schedule.
+        """
+        if not any(state.nodes for state in self._states):
+            raise RuntimeError("no attention node seen yet: run the compiled model once")
+        if model is not None and model not in self._models:
+            raise ValueError(f"this backend has not compiled this {type(model).__name__}")
+        if model is None and len(self._states) > 1:
+            names = ", ".join(state.name for state in self._states)
+            raise ValueError(f"this backend serves several models ({names}): say which one")
+        state = self._states[0] if model is None else self._models[model]
+        class_ = next(name for name, twins in self._twins.items() if state in twins)
+        return NodePolicy(class_, state.frozen())
+
     def _decide(self, sites: Sequence[Site], owner: Owner) -> tuple[Layers, dict[Site, Decision]]:
         """The layers of the model at hand, and the sites to compile filtered.
 
@@ -239,6 +267,8 @@ class Backend:
 
     def _warn(self, gm: fx.GraphModule, sites: Sequence[Site], owner: Owner) -> None:
         """Warn of a whole model without attention, and of rules that match nothing in it."""
+        if isinstance(self.policy, NodePolicy):
+            self._warn_of_differences(self.policy)
         reason = getattr(gm, "compile_subgraph_reason", None)
         if owner.prefix or getattr(reason, "graph_break", False):
             return  # only a part of the model: what is missing may be in another graph
@@ -250,15 +280,38 @@ class Backend:
         self._warn_of_unmatched_rules()
 
     def _warn_of_unmatched_rules(self) -> None:
+        if isinstance(self.policy, NodePolicy):
+            self._warn_of_differences(self.policy, complete=True)
+            return
         for pattern in self._unmatched():
             self._warn_once(
                 f"rule {pattern!r} matches no attention node;"
                 " cef_compile.explain(model, *args) lists their paths"
             )
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn_of_differences(self, policy: NodePolicy, complete: bool = False) -> None:
+        """Warn once of each way in which a model is not the one that the policy was made for.
+
+        Args:
+            policy: the policy.
+            complete: whether all nodes are known, so that missing ones are missing.
+        """
+        for class_, twins in self._twins.items():
+            for state in twins:
+                nodes = [node.node for node in state.nodes]
+                if not nodes:
+                    continue
+                found = policy.differences(class_, nodes, complete or state.complete)
+                for kind, difference in found.items():
+                    self._warn_once(
+                        f"the policy fits this model only in part: {difference}",
+                        key=(policy, state, kind),
+                    )
+
+    def _warn_once(self, message: str, key: Hashable = None) -> None:
+        key = message if key is None else key
+        if key not in self._warned:
+            self._warned.add(key)
             warnings.warn(message, UserWarning, stacklevel=2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class UnsupportedNodeError(RuntimeError):
     """With ``strict=True``: a node that the policy wants filtered cannot be.
@@ -18,3 +20,17 @@ class UnsupportedNodeError(RuntimeError):
             f"attention node {path or '(unnamed)'}#{ordinal} cannot be filtered: {reason}"
             f" ({detail}). {remedy} Or drop strict=True to keep such nodes dense."
         )
+
+
+class PolicyFormatError(ValueError):
+    """A policy file, or a calibration's checkpoint, is damaged or not of a known format.
+
+    Attributes:
+        file: the file.
+        place: where in it, as in ``nodes[3].recall``; empty for the whole.
+    """
+
+    def __init__(self, file: Path, place: str, message: str) -> None:
+        self.file = file
+        self.place = place
+        super().__init__(f"{file}: {place or 'the file'}: {message}")

@@ -101,6 +101,12 @@ def shared_threshold(histograms: list[Tensor], control: Tensor) -> Tensor:
     return shared
 
 
+def fixed_threshold(control: Tensor) -> float | None:
+    """The threshold that a control fixes; None where each call finds its own. Synchronises."""
+    values = control.tolist()
+    return 2.0 ** values[c.CONTROL_LOG2_THRESHOLD] if values[c.CONTROL_FIXED] else None
+
+
 def set_controls(controls: list[Tensor], fresh: list[Tensor]) -> None:
     """Copy targets and thresholds, in place; the audit's seeds go on. No host synchronisation."""
     with torch.no_grad():

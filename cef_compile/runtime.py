@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cef_compile import ops
 from cef_compile.ops import Phase
-from cef_compile.policy import AttentionNode, Bands, Decision, band_at
+from cef_compile.policy import AttentionNode, Bands, Decision, NodeEntry, band_at, dtype_name
 from cef_compile.report import Audit, ReportedNode
 
 FILL = Decision(1.0)
@@ -106,6 +106,32 @@ class NodeState:
         self._band, self.decision = band, self.bands[band][1]
         return self._controls[band]
 
+    def frozen(self) -> NodeEntry:
+        """The node's decisions, with the threshold that its group shares fixed. Synchronises.
+
+        Raises:
+            RuntimeError: the group's threshold has not been found yet.
+            ValueError: it is found anew at each level of a schedule.
+        """
+        bands = self.bands or ((0.0, self.decision),)
+        if any(d.group is not None and d.threshold is None for _, d in bands):
+            name = f"{self.node.path or '(unnamed)'}#{self.node.ordinal}"
+            if len(bands) > 1:
+                raise ValueError(
+                    f"node {name} shares a threshold that each noise level finds anew, and one"
+                    " policy cannot freeze them all; freeze one without a schedule"
+                )
+            threshold = ops.fixed_threshold(self.control) if self.variant else None
+            if threshold is None:
+                raise RuntimeError(
+                    f"node {name} has not found its threshold yet: run the compiled model once"
+                )
+            bands = ((0.0, replace(self.decision, threshold=threshold)),)
+        node = self.node
+        return NodeEntry(
+            node.path, node.ordinal, node.q_shape, node.k_shape, dtype_name(node), bands
+        )
+
     def _schedule(self, decision: Decision, bands: Bands, level: float | None) -> None:
         self.decision, self.bands, self._band = decision, bands, -1
         self.waiting = bool(bands)
@@ -185,6 +211,11 @@ class ModelState:
         self.nodes.append(NodeState(node, decision, variant, bands, self.level))
         return self.nodes[-1]
 
+    @property
+    def complete(self) -> bool:
+        """Whether a whole pass has run, so that every filtered node is known."""
+        return self._after_first_pass is None
+
     def set_level(self, level: float | None) -> None:
         """Take the decisions of a noise level. No host synchronisation."""
         self.level = level
@@ -197,6 +228,18 @@ class ModelState:
         """The pass under way is over: find the thresholds that its histograms ask for."""
         if self._ran:
             self._end_pass()
+
+    def frozen(self) -> list[NodeEntry]:
+        """The nodes as the next pass would decide on them; see :meth:`NodeState.frozen`.
+
+        Of a node that was compiled for several sizes it is the last one that has run.
+        """
+        self.end_pass()
+        latest: dict[tuple[str, int], NodeState] = {}
+        for state in self.nodes:
+            if state.calls or not latest.get(state.node.key, state).calls:
+                latest[state.node.key] = state
+        return [state.frozen() for state in latest.values()]
 
     def begin(self, layer: Sequence[NodeState]) -> None:
         """A call for these nodes is about to run."""

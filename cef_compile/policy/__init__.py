@@ -2,6 +2,7 @@
 
 from cef_compile.policy.bands import Bands, band_at, compiled_decision, noise_bands
 from cef_compile.policy.builtin import Balanced, Rules, Uniform
+from cef_compile.policy.calibration import Calibration, Candidate, MeasuredNode, Tried
 from cef_compile.policy.decision import (
     CERTIFICATES,
     FILTER_RULES,
@@ -13,7 +14,9 @@ from cef_compile.policy.decision import (
     check_fraction,
     check_policy,
 )
+from cef_compile.policy.files import load_policy, save_policy
 from cef_compile.policy.node import AttentionNode, Kind, MaskKind, Reason
+from cef_compile.policy.nodes import NodeEntry, NodePolicy, dtype_name
 from cef_compile.policy.schedule import Schedule, check_level
 
 __all__ = [
@@ -22,14 +25,20 @@ __all__ = [
     "AttentionNode",
     "Balanced",
     "Bands",
+    "Calibration",
+    "Candidate",
     "Decision",
     "Kind",
     "MaskKind",
+    "MeasuredNode",
+    "NodeEntry",
+    "NodePolicy",
     "Policy",
     "PolicyLike",
     "Reason",
     "Rules",
     "Schedule",
+    "Tried",
     "Uniform",
     "ask",
     "band_at",
@@ -38,5 +47,8 @@ __all__ = [
     "check_level",
     "check_policy",
     "compiled_decision",
+    "dtype_name",
+    "load_policy",
     "noise_bands",
+    "save_policy",
 ]
