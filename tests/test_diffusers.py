@@ -1,4 +1,4 @@
-"""Warm-up by noise level: when attention is dense and when it filters, and that it always ends."""
+"""Warm-up by noise level, and the backend beside other features of diffusers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import diffusers
 import models
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.models.attention_processor import AttnProcessor
 
 import cef_compile
 from cef_compile.diffusers import DenseUntil, noise_level
@@ -161,3 +163,165 @@ def test_importing_it_imports_no_diffusers() -> None:
     code = "import sys, cef_compile.diffusers; print('diffusers' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+# --- beside other features -----------------------------------------------------------------------
+
+
+def wan_steps(model, inputs, steps: int = 3) -> torch.Tensor:
+    """A few forward passes, each from the last one's result, as a sampler makes them."""
+    x = inputs["hidden_states"]
+    for _ in range(steps):
+        x = x - 0.1 * model(**{**inputs, "hidden_states": x})[0]
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("regional", [False, True])
+def test_first_block_cache(regional: bool) -> None:
+    model, inputs = models.wan()
+    for threshold in (1e-9, 1e9):  # never from the cache, and always after the first step
+        torch._dynamo.reset()
+        plain, ours = (models.wan()[0] for _ in range(2))
+        for each in (plain, ours):
+            each.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        backend = cef_compile.backend(recall=1.0, inner="eager")
+        if regional:
+            ours.compile_repeated_blocks(backend=backend)
+        else:
+            ours.compile(backend=backend)
+        with plain.cache_context("cond"):
+            expected = wan_steps(plain, inputs)
+        with ours.cache_context("cond"):
+            got = wan_steps(ours, inputs)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert backend.report.filtered
+    assert not torch.allclose(expected, wan_steps(model, inputs), atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_group_offload(kind: str) -> None:
+    model, inputs = models.wan()
+    expected = model(**inputs)[0]
+    more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_type=kind, **more)
+    backend = cef_compile.backend(recall=1.0, inner="eager", min_kv_len=65)
+    model.compile(backend=backend)
+    # The hooks of leaf_level break the graph at every layer, and one piece of code serves them all:
+    # with Dynamo's default limit of 8 versions of it, the attention would run outside of any graph.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
+    assert sum(node.calls for node in backend.report.filtered) == 2
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with a low-rank addition, as LoRA puts in its place."""
+
+    def __init__(self, base: torch.nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Linear(base.in_features, rank, bias=False)
+        self.up = torch.nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + 0.5 * self.up(self.down(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("regional", [False, True])
+def test_projections_with_adapters(regional: bool) -> None:
+    model, inputs = models.wan()
+    torch.manual_seed(1)
+    for block in model.blocks:
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(block.attn1, name, Adapted(getattr(block.attn1, name)))
+    expected = model(**inputs)[0]
+    backend = cef_compile.backend(recall=1.0, inner="eager")
+    if regional:
+        model.compile_repeated_blocks(backend=backend)
+    else:
+        model.compile(backend=backend)
+    torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
+    assert [(n.path, n.kind) for n in backend.report.filtered] == [
+        ("blocks.0.attn1", "self"),
+        ("blocks.1.attn1", "self"),
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_close_as_eager(dtype: torch.dtype) -> None:
+    model, inputs = models.wan()
+    exact = model(**inputs)[0]
+    model.to(dtype)
+    inputs = {
+        k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    eager = (model(**inputs)[0].float() - exact).norm()
+    backend = cef_compile.backend(recall=1.0, inner="eager")
+    got = torch.compile(model, backend=backend)(**inputs)[0]
+    assert got.dtype == dtype
+    assert (got.float() - exact).norm() <= 2 * eager
+    assert {n.dtype for n in backend.report.filtered} == {str(dtype).removeprefix("torch.")}
+
+
+@torch.no_grad()
+def test_autocast_of_a_whole_model() -> None:
+    model, inputs = models.flux()
+    exact = model(**inputs)[0]
+    backend = cef_compile.backend(recall=1.0, inner="eager")
+    compiled = torch.compile(model, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager = (model(**inputs)[0].float() - exact).norm()
+        got = compiled(**inputs)[0]
+    assert (got.float() - exact).norm() <= 2 * eager
+    assert len(backend.report.filtered) == 2
+
+
+@torch.no_grad()
+def test_two_resolutions_of_a_model_compile_twice_at_most() -> None:
+    model, inputs = models.wan()
+    graphs = []
+
+    def inner(gm, example_inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    compiled = torch.compile(model, backend=cef_compile.backend(recall=1.0, inner=inner))
+    for width in (32, 40, 32, 48):
+        x = {**inputs, "hidden_states": inputs["hidden_states"].new_ones(1, 4, 4, 32, width)}
+        torch.testing.assert_close(compiled(**x)[0], model(**x)[0], rtol=1e-5, atol=1e-5)
+    assert len(graphs) <= 2
+
+
+@torch.no_grad()
+def test_the_old_processors_of_a_unet() -> None:
+    """SDXL's kind of network with diffusers' processors from before SDPA: baddbmm and bmm."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=4,
+    ).eval()
+    unet.set_attn_processor(AttnProcessor())
+    inputs = {
+        "sample": torch.randn(1, 4, 32, 32),
+        "timestep": torch.tensor([3]),
+        "encoder_hidden_states": torch.randn(1, 8, 16),
+        "return_dict": False,
+    }
+    expected = unet(**inputs)[0]
+    backend = cef_compile.backend(recall=1.0, inner="eager", min_kv_len=65)
+    got = torch.compile(unet, backend=backend)(**inputs)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    filtered = backend.report.filtered
+    assert filtered
+    assert all(n.path.endswith("attn1") and n.kind == "self" for n in filtered)
+    assert all(n.path.endswith("attn2") and n.kind == "cross" for n in backend.report.dense)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from cef_compile.graph.patterns import same
+from cef_compile.graph.patterns.calls import call_name
 from cef_compile.policy import Kind
 
 _PROJECTIONS = frozenset(
@@ -95,11 +96,27 @@ def _sources(node: Any) -> frozenset[fx.Node]:
     """
     found = set()
     for projection in _projections(node):
-        source = projection.args[1 if projection.target in _ADDMM else 0]
+        source = _input_of(projection)
         if isinstance(source, fx.Node) and isinstance(_fake(source), torch.Tensor):
             found.add(source)
     sequences = {source for source in found if _fake(source).dim() >= 3}
     return frozenset(sequences or found)
+
+
+def _input_of(projection: fx.Node) -> Any:
+    """What a projection is applied to.
+
+    Of one that only follows another, as an adapter's second factor does, what the first is.
+    """
+    given = projection.args[1 if projection.target in _ADDMM else 0]
+    source = given
+    while isinstance(source, fx.Node):
+        if source.op == "call_function" and source.target in _PROJECTIONS:
+            return _input_of(source)
+        if call_name(source) not in ("cast", "dropout", "contiguous") or not source.args:
+            break
+        source = source.args[0]
+    return given
 
 
 def _has_join(source: fx.Node, memo: dict[fx.Node, bool]) -> bool:
