@@ -1,0 +1,62 @@
+"""The quality study: its token order is sound, and a small run of it says what it should."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+from token_order import cubes, reordered  # noqa: E402
+
+sizes = st.integers(1, 13)
+
+
+@given(grid=st.tuples(sizes, sizes, sizes), block=st.tuples(sizes, sizes, sizes))
+def test_an_order_by_cubes_takes_every_token_once_and_cubes_whole(grid, block) -> None:
+    order = cubes(grid, block)
+    places = torch.cartesian_prod(*(torch.arange(size) for size in grid)).reshape(-1, 3)
+    assert torch.equal(order.sort().values, torch.arange(len(places)))
+    cube = places[order] // torch.tensor(block)
+    changes = (cube[1:] != cube[:-1]).any(-1).sum().item()
+    assert changes + 1 == len(cube.unique(dim=0))
+
+
+@torch.no_grad()
+def test_a_model_on_reordered_tokens_computes_the_same() -> None:
+    model, inputs = models.wan()
+    plain = model(**inputs)[0]
+    with reordered(model, cubes((4, 16, 16), (4, 4, 4))):
+        other = model(**inputs)[0]
+    torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(**inputs)[0], plain)
+
+
+def test_a_small_study_is_written_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "quality.json"
+    small = ["--frames", "4", "--size", "64", "--steps", "1", "--seeds", "1", "--clips", "0"]
+    command = [sys.executable, str(BENCH / "quality.py"), *small, "--out", str(out)]
+    for recalls in (["1.0"], ["1.0", "0.5"]):
+        chosen = ["--methods", "planned, each node", "--parameters", *recalls]
+        run = subprocess.run([*command, *chosen], capture_output=True, text=True, check=True)
+    assert len(run.stdout.splitlines()) == 1  # only the row that was missing
+    floor, full, half = json.loads(out.read_text())["rows"]
+    assert floor["method"] == "dense, another kernel"
+    assert (full["recall"], full["density"]) == (1.0, 1.0)
+    # Nothing is dropped, so that only rounding is left, as in the floor.
+    assert min(full["noise_psnr"], floor["noise_psnr"]) > 80
+    assert half["density"] < 1
+    assert half["noise_psnr"] < full["noise_psnr"]
+    other = subprocess.run(
+        [*command, "--raster", *chosen], capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 2
+    assert "another setting" in other.stderr
