@@ -200,6 +200,22 @@ def test_outputs_that_are_viewed_keep_their_strides() -> None:
     assert_taken(lambda q, k, v: plain(q, k, v)[:, 0:2].view(4, LENGTH, 8), *qkv())
 
 
+def test_a_scale_before_several_transposes() -> None:
+    def function(q, k, v):
+        keys = (k * S).transpose(1, 2).transpose(2, 3)
+        return (q.transpose(1, 2) @ keys).softmax(-1) @ v.transpose(1, 2)
+
+    assert_taken(function, *(x.transpose(1, 2).contiguous() for x in qkv()))
+
+
+def test_rounding_of_queries_stays() -> None:
+    def floored(q, k, v):
+        return (torch.div(q, 0.3, rounding_mode="floor") @ k.mT).softmax(-1) @ v
+
+    assert_taken(floored, *qkv())
+    assert_taken(lambda q, k, v: (q.half().float() @ k.mT).softmax(-1) @ v, *qkv())
+
+
 def test_tokens_in_and_out() -> None:
     def function(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -235,6 +251,14 @@ def test_dynamic_lengths() -> None:
         torch._dynamo.mark_dynamic(x, 2)
     compiled = assert_taken(lambda q, k, v: (q @ k.mT * 0.3).softmax(-1) @ v, q, k, v)
     assert compiled.node.q_len == LENGTH
+
+
+def test_two_dynamic_lengths_are_not_taken_for_one() -> None:
+    q, k, v = heads(70), heads(seed=1), heads(seed=2)
+    for x in (q, k, v):
+        torch._dynamo.mark_dynamic(x, 2)
+    compiled = assert_taken(lambda q, k, v: (q @ k.mT * 0.3).softmax(-1) @ v, q, k, v)
+    assert compiled.node.kind == "cross"
 
 
 def test_lengths_that_depend_on_data() -> None:
@@ -725,10 +749,22 @@ class Router(nn.Module):
         return (x @ self.gate).softmax(-1) @ self.experts
 
 
+class TransposedRouter(nn.Module):
+    """The same with the weights of a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.gate.mT).softmax(-1) @ self.experts.T
+
+
 @pytest.mark.parametrize(
     "function",
     [
         Router(),
+        TransposedRouter(),
         lambda x: (x @ x.mT).relu() @ x,  # no softmax
         lambda x: x.softmax(-1) @ (x.mT.softmax(-1) @ x),  # linear attention
         lambda x: F.linear(x, x[0, 0, :8]).softmax(-1) @ x.mT,  # a projection
