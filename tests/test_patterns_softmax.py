@@ -476,7 +476,7 @@ def test_a_negation_of_what_is_changed_later_is_used_as_it_was() -> None:
     assert_taken(function, *qkv(), VISIBLE)
 
 
-def test_masks_that_are_no_bool_or_no_tensor_are_refused() -> None:
+def test_masks_that_are_no_tensor_or_weighted_are_refused() -> None:
     number = assert_refused(
         lambda q, k, v: (q @ k.mT + 1.0).softmax(-1) @ v, *qkv(), reason=Reason.UNKNOWN_FORM
     )
@@ -649,6 +649,16 @@ LOOK_ALIKES = {
         Reason.UNKNOWN_FORM,
         "",
     ),
+    "einsum with keys for all heads": (
+        lambda q, k, v: torch.einsum("bhid,bjd->bhij", q, k[:, 0]).softmax(-1) @ v,
+        Reason.UNKNOWN_FORM,
+        "first product",
+    ),
+    "einsum that keeps the keys apart": (
+        lambda q, k, v: torch.einsum("bhij,bhjd->bhijd", (q @ k.mT).softmax(-1), v).sum(3),
+        Reason.UNKNOWN_FORM,
+        "second product",
+    ),
     "einsum of three": (
         lambda q, k, v: torch.einsum("bhid,bhjd,bhj->bhij", q, k, k[..., 0]).softmax(-1) @ v,
         Reason.UNKNOWN_FORM,
@@ -768,6 +778,7 @@ class TransposedRouter(nn.Module):
         lambda x: (x @ x.mT).relu() @ x,  # no softmax
         lambda x: x.softmax(-1) @ (x.mT.softmax(-1) @ x),  # linear attention
         lambda x: F.linear(x, x[0, 0, :8]).softmax(-1) @ x.mT,  # a projection
+        lambda x: F.linear(x @ (x.mT @ x), torch.ones(8, 8)).softmax(-1) @ x.mT,
         lambda x: (x @ x.mT).softmax(-1),  # no values
     ],
 )

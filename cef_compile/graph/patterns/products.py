@@ -154,7 +154,7 @@ def _einsum_weighted(node: fx.Node, value: Any) -> Weighted:
     left, right, result = _equation(node)
     batch, q_letter, k_letter = left[:-2], left[-2], left[-1]
     channels = set(right) - set(left)
-    if len(channels) == 1 and k_letter not in result and q_letter not in right:
+    if len(channels) == 1:
         (channel,) = channels
         natural = batch + q_letter + channel
         if set(right) == {*batch, k_letter, channel} and set(result) == set(natural):
