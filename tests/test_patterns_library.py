@@ -265,6 +265,16 @@ def test_packed_sequences_that_end_early_are_refused() -> None:
     assert_refused(function, *one_sequence(), reason=Reason.PACKED)
 
 
+@pytest.mark.parametrize("part", [slice(None), slice(1, None)])
+def test_starts_that_are_changed_in_place_are_refused(part: slice) -> None:
+    def function(q, k, v):
+        starts = torch.tensor([0, LENGTH], dtype=torch.int32)
+        starts[part].floor_divide_(2)
+        return packed(q, k, v, starts, starts)[:HALF]
+
+    assert_refused(function, *one_sequence(), reason=Reason.PACKED)
+
+
 def test_packed_sequences_given_from_outside_are_refused() -> None:
     starts = torch.tensor([0, LENGTH], dtype=torch.int32)
     assert_refused(packed, *one_sequence(), starts, starts, reason=Reason.PACKED)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from cef_compile.graph.patterns.calls import argument, call_name, fake_value, mutates
+from cef_compile.graph.patterns.calls import argument, call_name, fake_value
+from cef_compile.graph.patterns.masks import changed_in_place
 from cef_compile.graph.patterns.match import (
     Match,
     Operand,
@@ -164,7 +165,7 @@ def _check_neutral(given: dict[str, Any]) -> None:
 
 def _constant(node: Any) -> list[int] | None:
     """The elements of an index tensor that the graph builds from numbers; None if not known."""
-    if not isinstance(node, fx.Node) or any(mutates(user) for user in node.users):
+    if not isinstance(node, fx.Node) or changed_in_place(node):
         return None
     if call_name(node) == "cast":
         return _constant(node.args[0])

@@ -37,7 +37,7 @@ def filled(condition: Any, fill: Any, factor: float) -> Operand:
     """
     _check_fill(fill, factor)
     hidden = boolean(condition)
-    if call_name(condition) == "not" and not _changed_in_place(condition.args[0]):
+    if call_name(condition) == "not" and not changed_in_place(condition.args[0]):
         return boolean(condition.args[0])  # as it was expanded, which its negation is no more
     return hidden.then(torch.logical_not)
 
@@ -84,7 +84,7 @@ def _check_fill(fill: Any, factor: float) -> None:
 
 def _hides_or_keeps(node: Any, factor: float) -> bool:
     """Whether every element of a value is 0 or, times ``factor``, hiding; False if not known."""
-    if not isinstance(node, fx.Node) or _changed_in_place(node):
+    if not isinstance(node, fx.Node) or changed_in_place(node):
         return False
     name = call_name(node)
     if name in ("view", "repeat", "transpose", "permute", "contiguous"):
@@ -98,7 +98,7 @@ def _hides_or_keeps(node: Any, factor: float) -> bool:
         return numbers and all(value == 0 or value * factor <= HIDING for value in values)
     if name in ("masked_fill", "masked_fill_"):
         base, fill = argument(node, 0, "input", "self"), argument(node, 2, "value")
-        if call_name(base) != "zeros" or _changed_in_place(base, by=node):
+        if call_name(base) != "zeros" or changed_in_place(base, by=node):
             return False
         return is_number(fill) and bool(fill * factor <= HIDING)
     if name == "mul":
@@ -110,7 +110,7 @@ def _hides_or_keeps(node: Any, factor: float) -> bool:
 
 
 def _is_0_or_1(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or _changed_in_place(node):
+    if not isinstance(node, fx.Node) or changed_in_place(node):
         return False
     name = call_name(node)
     if name in ("view", "repeat", "transpose", "permute", "contiguous"):
@@ -124,7 +124,7 @@ def _is_0_or_1(node: Any) -> bool:
     return False
 
 
-def _changed_in_place(node: fx.Node, by: fx.Node | None = None) -> bool:
+def changed_in_place(node: fx.Node, by: fx.Node | None = None) -> bool:
     """Whether a value, or one that may share its memory, is changed by another node than ``by``."""
     seen, todo = {node}, [node]
     while todo:
