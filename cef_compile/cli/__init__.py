@@ -34,11 +34,11 @@ first steps:
   cef-compile bench                           how fast attention is on this card
   cef-compile COMMAND --help                  more about a command"""
 
-__all__ = ["COMMANDS", "INTERRUPTED", "USAGE_ERROR", "UsageError", "main"]
+__all__ = ["COMMANDS", "INTERRUPTED", "USAGE_ERROR", "UsageError", "main", "make_parser"]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (default: the process's own) and return its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; ``run`` of what it returns carries one out."""
     parser = argparse.ArgumentParser(
         prog="cef-compile",
         description="Training-free sparse attention for Diffusion Transformers: "
@@ -50,7 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(title="commands", dest="command", required=True)
     for add in COMMANDS:
         add(subparsers)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's own) and return its exit code."""
+    arguments = make_parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except UsageError as error:

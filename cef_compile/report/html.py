@@ -195,7 +195,7 @@ def _node_row(node: Mapping[str, Any], several: bool) -> str:
         _size(node["q_len"]),
         _size(node["kv_len"]),
         f"filtered ({node['filter']})" if filtered else f"dense: {why}",
-        number(node["recall"]),
+        number(audit.get("target", node["recall"])),
         number(audit.get("recall")),
         number(low),
         number(high),

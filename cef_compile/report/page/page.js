@@ -135,7 +135,7 @@
       picture.append(svg("text", { x, y: bottom + 13, "text-anchor": "middle" }, column.step));
     });
     picture.append(
-      svg("text", { x: left - 6, y: bottom + 13, "text-anchor": "end" }, "step"),
+      svg("text", { x: left - 6 - 3 * longest, y: bottom + 13, "text-anchor": "end" }, "step"),
       ...legend(left, bottom + 28, scale, low, high),
     );
     return html("figure", {}, picture);

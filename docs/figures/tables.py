@@ -1,0 +1,177 @@
+"""The tables of measurements in README.md and docs: between two comments, made by this script.
+
+python docs/figures/tables.py           # write them
+python docs/figures/tables.py --check   # fail where one is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).parents[2]
+RESULTS: Final = ROOT / "bench" / "results" / "attention-h100.json"
+RECALLS: Final = Path(__file__).with_name("recalls.json")
+PAGES: Final = tuple(
+    ROOT / page for page in ("README.md", "docs/kernel-design.md", "docs/choosing-a-recall.md")
+)
+PLACE: Final = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Rows = list[dict[str, Any]]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose columns but the first are numbers."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
+
+
+def speed(row: dict[str, Any]) -> str:
+    """Against cuDNN."""
+    return f"{row['speed']:.2f}x"
+
+
+def about(found: dict[str, Any]) -> str:
+    """Where the numbers are from, in a sentence."""
+    card = found["about"]
+    return (
+        f"{card['card']}, torch {card['torch']}, Triton {card['triton']}, cuDNN {card['cudnn']},"
+        f" {card['dtype']}, {card['date']}.\n"
+    )
+
+
+def wan(found: dict[str, Any]) -> str:
+    """The whole planned filter at the shapes of Wan 2.2."""
+    rows: Rows = found["results"]["wan"]
+    table = []
+    for dense in (row for row in rows if row["name"] == "cuDNN"):
+        heads, keys, _, model, size = _shape(dense["shape"])
+        mine = [r for r in rows if r["shape"] == dense["shape"] and r["name"] == "planned"]
+        cells = [f"{r['ms']:.1f} ms, {speed(r)}" for r in mine]
+        table.append([f"{model} {size}", heads, keys, f"{dense['ms']:.1f} ms", *cells])
+    densities = sorted({round(r["density"], 1) for r in rows if r["name"] == "planned"})
+    header = ["Wan 2.2", "heads", "keys", "cuDNN, dense", *(f"density {d}" for d in densities)]
+    return markdown(header, table)
+
+
+def _shape(text: str) -> tuple[str, str, str, str, str]:
+    """``"40 x 32760 x 128 (A14B 480p)"`` in parts."""
+    match = re.fullmatch(r"(\d+) x (\d+) x (\d+) \((\S+) (\S+)\)", text)
+    assert match is not None, text
+    heads, keys, dim, model, size = match.groups()
+    return heads, keys, dim, model, size
+
+
+def block_lists(found: dict[str, Any]) -> str:
+    """Attention over given lists, without the choosing."""
+    rows: Rows = found["results"]["block_lists"]
+    table = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        mine = [row for row in rows if row["shape"] == shape]
+        lists = [speed(row) for row in mine if row["name"] == "block list"]
+        dense = next(row for row in mine if row["name"] == "cuDNN")
+        flash = next(row for row in mine if row["name"] == "FlashAttention-2")
+        table.append([shape, f"{dense['ms']:.2f} ms", speed(flash), *lists])
+    header = ["heads x keys x head_dim", "cuDNN, dense", "FlashAttention-2, dense"]
+    densities = [row["density"] for row in rows if row["name"] == "block list"][:4]
+    return markdown([*header, *(f"density {d:.2f}" for d in densities)], table)
+
+
+def parts(found: dict[str, Any]) -> str:
+    """What the steps before attention cost, the audit, and memory."""
+    rows: Rows = found["results"]["parts"]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    names = ["centroids", "plan", "threshold", "lists", "all four", "audit"]
+    table = []
+    for name in names:
+        mine = {row["shape"]: row for row in rows if row["name"] == name}
+        shares = [f"{100 * mine[shape]['of_dense']:.2f} %" for shape in shapes]
+        table.append([f"{name}, of dense time", *shares])
+    memory = {row["shape"]: row["of_qkv"] for row in rows if row["name"] == "workspace"}
+    shares = [f"{100 * memory[shape]:.1f} %" for shape in shapes]
+    table.append(["workspace, of the memory of q, k and v", *shares])
+    return markdown(["heads x keys x head_dim", *shapes], table)
+
+
+def break_even(found: dict[str, Any]) -> str:
+    """The planned filter at density .36 by length, launched and replayed."""
+    rows: Rows = found["results"]["break_even"]
+    table = []
+    for launched, replayed in zip(rows[::2], rows[1::2], strict=True):
+        keys = launched["shape"].split(" x ")[1]
+        table.append([keys, f"{launched['ms']:.2f} ms", speed(launched), speed(replayed)])
+    return markdown(["keys", "planned", "against cuDNN", "both in CUDA graphs"], table)
+
+
+def online(found: dict[str, Any]) -> str:
+    """The online filter."""
+    rows: Rows = found["results"]["online"]
+    table = [
+        [row["name"].removeprefix("online, "), f"{row['density']:.2f}", f"{row['recall']:.3f}",
+         f"{row['ms']:.1f} ms", speed(row)]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(["online", "density", "recall", "time", "against cuDNN"], table)
+
+
+def recalls(_: dict[str, Any]) -> str:
+    """Quality of the demo's videos by recall."""
+    rows: Rows = json.loads(RECALLS.read_text(encoding="utf-8"))
+    ways = dict.fromkeys((row["recall"], row["dense_steps"]) for row in rows)
+    table = []
+    for recall, dense_steps in ways:
+        mine = [r for r in rows if (r["recall"], r["dense_steps"]) == (recall, dense_steps)]
+        name = f"{recall:.2f}" + (f", first {dense_steps} steps dense" if dense_steps else "")
+        cells = [
+            " / ".join(f"{row[field]:{form}}" for row in mine)
+            for field, form in (
+                ("achieved", ".3f"),
+                ("density", ".2f"),
+                ("psnr_db", ".1f"),
+                ("ssim", ".4f"),
+            )
+        ]
+        table.append([name, *cells])
+    return markdown(["recall", "delivered", "density", "PSNR dB", "SSIM"], table)
+
+
+TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
+    "about": about,
+    "wan": wan,
+    "block_lists": block_lists,
+    "parts": parts,
+    "break_even": break_even,
+    "online": online,
+    "recalls": recalls,
+}
+
+
+def filled(page: str, found: dict[str, Any]) -> str:
+    """A page with its tables up to date."""
+    return PLACE.sub(lambda match: match[1] + TABLES[match[2]](found) + match[3], page)
+
+
+def main() -> int:
+    """Write or check the tables of all pages."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail where a table is out of date")
+    check = parser.parse_args().check
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    stale = []
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        if filled(page, found) != page:
+            stale.append(path.name)
+            if not check:
+                path.write_text(filled(page, found), encoding="utf-8")
+    if check and stale:
+        print(f"out of date in {', '.join(stale)}: run python docs/figures/tables.py")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
