@@ -330,6 +330,7 @@ class TestBench:
             ("--shape 24x128", "shape must be BATCHxHEADSxLENGTHxHEAD_DIM, such as"),
             ("--shape 1x0x4x8", "got '1x0x4x8'"),
             ("--density 1.5", "density must be in (0, 1], got 1.5"),
+            ("--shape 1x1x64x70000", "the head_dim is not supported"),
         ],
     )
     def test_mistakes(self, capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:

@@ -22,6 +22,8 @@ DENSE: Final = {
     "memory efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 """The fused backends of SDPA; its unfused one needs the whole score matrix."""
+PROBED: Final = 256
+"""Tokens of the call that finds out whether the filter takes a shape and dtype at all."""
 MEASURED_S: Final = 0.3
 """Time that the runs of one row take together, about."""
 MIN_RUNS: Final = 3
@@ -52,7 +54,8 @@ def measure(
     """
     batch, heads, length, dim = shape
     q, k, v = _inputs(batch, heads, length, dim, getattr(torch, dtype), device)
-    attention(q[:, :, :1], k, v)  # a shape or dtype that it does not take is an error before work
+    # A shape or dtype that it does not take is an error before any work.
+    attention(*(tensor[:, :, :PROBED] for tensor in (q, k, v)))
     name = "x".join(map(str, shape))
     rows: list[Row] = []
 
