@@ -98,7 +98,9 @@ class Limits:
 
 
 LIMITS: Final = {
-    "cpu": Limits((torch.float64, torch.float32, torch.bfloat16, torch.float16), 1, 1 << 16, 1 << 16),
+    "cpu": Limits(
+        (torch.float64, torch.float32, torch.bfloat16, torch.float16), 1, 1 << 16, 1 << 16
+    ),
     "cuda": Limits((torch.bfloat16, torch.float16, torch.float32), 8, 256, FP32_MAX_HEAD_DIM),
 }
 """By device type; a device that is not listed keeps its nodes dense."""
