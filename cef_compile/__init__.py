@@ -6,6 +6,7 @@ recall was delivered.
 """
 
 from cef_compile.backend import Backend, backend, named_backend
+from cef_compile.calibrate import TimeModel, calibrate
 from cef_compile.errors import PolicyFormatError, UnsupportedNodeError
 from cef_compile.explain import explain
 from cef_compile.functional import AttentionStats, attention
@@ -44,10 +45,12 @@ __all__ = [
     "ReportedNode",
     "Rules",
     "Schedule",
+    "TimeModel",
     "Uniform",
     "UnsupportedNodeError",
     "attention",
     "backend",
+    "calibrate",
     "explain",
     "load_policy",
     "named_backend",

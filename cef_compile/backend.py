@@ -221,14 +221,17 @@ class Backend:
             ValueError: the backend serves several models, or not this one, or its `Balanced` is
                 inside a schedule.
         """
-        if not any(state.nodes for state in self._states):
+        states = [state for state in self._states if state.nodes]
+        if not states:
             raise RuntimeError("no attention node seen yet: run the compiled model once")
-        if model is not None and model not in self._models:
-            raise ValueError(f"this backend has not compiled this {type(model).__name__}")
-        if model is None and len(self._states) > 1:
-            names = ", ".join(state.name for state in self._states)
+        if model is not None:
+            states = [state for state in states if state is self._models.get(model)]
+            if not states:
+                raise ValueError(f"this backend has not compiled this {type(model).__name__}")
+        if len(states) > 1:
+            names = ", ".join(state.name for state in states)
             raise ValueError(f"this backend serves several models ({names}): say which one")
-        state = self._states[0] if model is None else self._models[model]
+        (state,) = states
         class_ = next(name for name, twins in self._twins.items() if state in twins)
         return NodePolicy(class_, state.frozen())
 

@@ -101,6 +101,11 @@ def shared_threshold(histograms: list[Tensor], control: Tensor) -> Tensor:
     return shared
 
 
+def density(measures: Tensor) -> Tensor:
+    """The density in the op's third output, on its device."""
+    return measures[c.MEASURE_DENSITY]
+
+
 def fixed_threshold(control: Tensor) -> float | None:
     """The threshold that a control fixes; None where each call finds its own. Synchronises."""
     values = control.tolist()

@@ -1,6 +1,6 @@
 """Who gets how much: nodes, decisions and the built-in policies."""
 
-from cef_compile.policy.bands import Bands, band_at, compiled_decision, noise_bands
+from cef_compile.policy.bands import Bands, band_at, compiled_decision, join_bands, noise_bands
 from cef_compile.policy.builtin import Balanced, Rules, Uniform
 from cef_compile.policy.calibration import Calibration, Candidate, MeasuredNode, Tried
 from cef_compile.policy.decision import (
@@ -48,6 +48,7 @@ __all__ = [
     "check_policy",
     "compiled_decision",
     "dtype_name",
+    "join_bands",
     "load_policy",
     "noise_bands",
     "save_policy",

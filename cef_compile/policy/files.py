@@ -310,11 +310,12 @@ def _measured(place: Place) -> MeasuredNode:
         path=found["path"].string(),
         ordinal=found["ordinal"].integer(),
         noise_level=found["noise_level"].optional(Place.number),
-        candidates=tuple(_candidate(one) for one in found["candidates"].items()),
+        candidates=tuple(read_candidate(one) for one in found["candidates"].items()),
     )
 
 
-def _candidate(place: Place) -> Candidate:
+def read_candidate(place: Place) -> Candidate:
+    """One candidate, as calibrated policies and checkpoints hold it."""
     found = place.fields("recall", "output_error", "attention_error", "density")
     return Candidate(
         recall=found["recall"].fraction(),
