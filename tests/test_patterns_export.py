@@ -12,6 +12,7 @@ from pattern_cases import LENGTH, qkv
 from torch import nn
 
 import cef_compile
+from cef_compile.decide import Decider
 from cef_compile.graph import find_sites, rewrite
 from cef_compile.ops import Phase, new_control
 from cef_compile.policy import Decision
@@ -106,3 +107,43 @@ def test_filtered_attention_can_be_exported_and_saved() -> None:
     file.seek(0)
     loaded = torch.export.load(file).module()
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+
+
+# --- lengths that depend on data -----------------------------------------------------------------
+
+
+def joint_with_kept_text(x, text, keep):
+    """Mochi's attention: a video's tokens and those of a text that are not padding."""
+    both = torch.cat((x, text[:, :, keep.nonzero().flatten()]), 2)
+    return F.scaled_dot_product_attention(both, both, both)
+
+
+def video_and_text(kept: int = 30) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    return torch.randn(1, 2, 200, 8), torch.randn(1, 2, 40, 8), torch.arange(40) < kept
+
+
+@torch.no_grad()
+def test_a_length_that_depends_on_data_is_a_number_to_a_policy_and_not_a_short_one() -> None:
+    exported = torch.export.export(Call(joint_with_kept_text), video_and_text())
+    (site,) = find_sites(exported.graph_module)
+    assert (site.node.q_len, site.node.kv_len) == (-1, -1)
+    assert site.node.v_shape == (1, 2, -1, 8)
+    # The length is from 200 to 240: whether it is below these cannot be known, and above is enough.
+    for least in (220, 65):
+        decider = Decider(lambda node: 0.5 if node.kv_len < 230 else None, False, least)
+        assert decider.decide(site, "") == Decision(0.5)
+
+
+@torch.no_grad()
+def test_attention_over_a_length_that_depends_on_data_is_filtered() -> None:
+    backend = cef_compile.backend(recall=1.0, inner="aot_eager", strict=True, min_kv_len=220)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(joint_with_kept_text, backend=backend, fullgraph=True)
+        for kept in (30, 7, 0):
+            arguments = video_and_text(kept)
+            expected = joint_with_kept_text(*arguments)
+            torch.testing.assert_close(compiled(*arguments), expected, rtol=1e-5, atol=1e-5)
+    (node,) = backend.report.nodes
+    assert (node.decision, node.calls) == ("filtered", 3)
+    assert (node.q_shape, node.kv_shape) == ((1, 2, -1, 8), (1, 2, -1, 8))
