@@ -259,6 +259,22 @@ def test_a_level_keeps_the_seeds_of_an_audit_going() -> None:
     assert seeds == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
 
 
+@pytest.mark.parametrize("compiling", [torch.no_grad, torch.inference_mode])
+def test_levels_may_change_in_inference_mode_and_outside_it(compiling) -> None:
+    model, x, backend, counter = compiled_stack(Schedule({0.5: None, 0.0: 0.5}), False)
+    outputs: dict[float, Any] = {}
+    with compiling():
+        for level in (0.9, 0.1):
+            backend.set_noise_level(level)
+            outputs[level] = model(x).clone()
+    for mode in (torch.no_grad, torch.inference_mode):
+        for level in (0.9, 0.1):
+            with mode():
+                backend.set_noise_level(level)
+                assert torch.equal(model(x), outputs[level])
+    assert counter.graphs <= 2  # one for each mode, as without a schedule
+
+
 @torch.no_grad()
 def test_explain_shows_level_0() -> None:
     report = cef_compile.explain(

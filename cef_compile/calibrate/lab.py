@@ -22,6 +22,10 @@ from cef_compile.calibrate.watch import (
 )
 from cef_compile.policy import Candidate, Decision, NodeEntry, Uniform
 
+SAME_NORM = 0.01
+"""Outputs whose norms differ by more than this part of them are of different runs. Much more than
+the rounding of any dtype, and less than another seed or prompt changes."""
+
 
 @dataclass
 class Target:
@@ -156,10 +160,14 @@ class ModelCall:
         return read_error(relative_error(float_tensors(output), self._dense), what)
 
 
-def check_repeats(call: ModelCall, first: MeasuredCall, number: int, max_error: float) -> None:
-    """Whether a call is the one that was measured before."""
+def check_repeats(call: ModelCall, first: MeasuredCall, number: int) -> None:
+    """Whether a call is the one that was measured before.
+
+    Raises:
+        ValueError: it is at another noise level, or its dense output has another norm.
+    """
     now = call.norm
-    if call.noise_level != first.noise_level or abs(now - first.norm) > max_error * first.norm:
+    if call.noise_level != first.noise_level or abs(now - first.norm) > SAME_NORM * first.norm:
         raise ValueError(
             f"call {number + 1} of run is another than before: noise level {call.noise_level} and"
             f" output norm {now:.6g}, then {first.noise_level} and {first.norm:.6g}. run must do"

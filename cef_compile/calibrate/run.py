@@ -121,7 +121,7 @@ class _Measuring:
         if self._number == len(self._saved.calls):
             self._saved.calls.append(MeasuredCall(call.noise_level, call.norm))
         mine = self._saved.calls[self._number]
-        check_repeats(call, mine, self._number, self._max_error)
+        check_repeats(call, mine, self._number)
         if (call.noise_level is None) != (self._saved.calls[0].noise_level is None):
             raise ValueError("run sets the noise level for some calls only: set it for all or none")
         self._number += 1

@@ -70,7 +70,7 @@ class _Trial:
             recall=self.recall,
             error=sqrt(fsum(self.squares) / count),
             predicted_time=fsum(self.times) / count,
-            density=fsum(self.densities) / count,
+            density=min(fsum(self.densities) / count, 1.0),  # rounding may add a little
         )
 
 
@@ -160,7 +160,7 @@ class Search:
             nonlocal number
             if number == len(self._calls):
                 raise ValueError(f"run called the model more than {number} times, as it did before")
-            check_repeats(call, self._calls[number], number, 0.01)
+            check_repeats(call, self._calls[number], number)
             number += 1
             with progress_bar(
                 f"call {number}, {label}", len(trials), self._lab.progress
