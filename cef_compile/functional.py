@@ -12,9 +12,6 @@ from cef_compile import ops
 from cef_compile.graph.find import mask_kind
 from cef_compile.policy import AttentionNode, Decision, check_fraction
 
-Z_95 = 1.959963984540054
-"""Half width of a 95 % interval in standard errors."""
-
 
 @dataclass(frozen=True)
 class AttentionStats:
@@ -144,8 +141,7 @@ def attention(
     if not return_stats:
         return out
     read = ops.Measures.of(measures)
-    half = Z_95 * read.stderr
-    interval = (max(read.recall - half, 0.0), min(read.recall + half, 1.0))
+    interval = ops.interval_95(read.recall, read.stderr)
     stats = AttentionStats(read.recall, interval, read.estimate, read.density, read.threshold)
     return out, stats
 

@@ -32,6 +32,16 @@ class Phase(IntEnum):
     AUDITED = 2
 
 
+Z_95 = 1.959963984540054
+"""Half width of a 95 % interval in standard errors."""
+
+
+def interval_95(recall: float, stderr: float) -> tuple[float, float]:
+    """95 % interval of a recall, within 0 and 1."""
+    half = Z_95 * stderr
+    return (max(recall - half, 0.0), min(recall + half, 1.0))
+
+
 @dataclass(frozen=True)
 class Measures:
     """What one filtered call did.
@@ -139,9 +149,7 @@ def kept_tiles(
     Returns:
         kept bool ``[B, H, Tm, Tn]``, and bool ``[B, Tn]``: tiles with a visible key.
     """
-    key_mask = None
-    if attn_mask is not None:
-        key_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])[:, 0, 0]
+    key_mask = _key_mask(attn_mask, q, k)
     group = q.shape[1] // k.shape[1]
     heads = []
     for h in range(q.shape[1]):
@@ -200,6 +208,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _key_mask(attn_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """``[B, kv_len]`` of a mask of key padding, which is the same for every head and query."""
+    if attn_mask is None or not q.numel():
+        return None
+    return attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])[:, 0, 0]
+
+
 def _kernels(q: Tensor) -> ModuleType:
     """The implementation for the device of ``q``."""
     if q.device.type == "cpu":
@@ -230,12 +245,11 @@ def _attention(
         if dense.stride() != out.stride():
             dense = out.copy_(dense)
         return dense, control.new_zeros(2, RANK_BINS), control.new_full((MEASURE_SIZE,), torch.nan)
-    key_mask = None
-    if attn_mask is not None and q.numel():
-        # A mask of key padding is the same for every head and query.
-        everywhere = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        key_mask = attn_mask.expand(everywhere)[:, 0, 0]
-    options: dict[str, Any] = {"scale": scale, "key_mask": key_mask, "rule": rule}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "key_mask": _key_mask(attn_mask, q, k),
+        "rule": rule,
+    }
     if filter == "planned":
         options |= {"compensate": compensate, "audited": phase == Phase.AUDITED}
     else:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from cef_compile.graph.patterns import same
-from cef_compile.graph.patterns.calls import call_name
+from cef_compile.graph.patterns.calls import call_name, fake_value
 from cef_compile.policy import Kind
 
 _PROJECTIONS = frozenset(
@@ -55,18 +55,8 @@ def attention_kind(
     return "joint" if joined or len(k_sources) > 1 else "self"
 
 
-def _inputs(node: fx.Node) -> list[fx.Node]:
-    return list(node.all_input_nodes)
-
-
-def _fake(node: Any) -> Any:
-    if not isinstance(node, fx.Node):
-        return None
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
 def _length(node: Any) -> Any:
-    fake = _fake(node)
+    fake = fake_value(node)
     return fake.shape[-2] if isinstance(fake, torch.Tensor) and fake.dim() >= 2 else None
 
 
@@ -81,7 +71,7 @@ def _projections(node: Any) -> Iterator[fx.Node]:
         if current.op == "call_function" and current.target in _PROJECTIONS:
             yield current
         else:
-            todo.extend(_inputs(current))
+            todo.extend(current.all_input_nodes)
 
 
 def _is_projected(node: Any) -> bool:
@@ -97,9 +87,9 @@ def _sources(node: Any) -> frozenset[fx.Node]:
     found = set()
     for projection in _projections(node):
         source = _input_of(projection)
-        if isinstance(source, fx.Node) and isinstance(_fake(source), torch.Tensor):
+        if isinstance(source, fx.Node) and isinstance(fake_value(source), torch.Tensor):
             found.add(source)
-    sequences = {source for source in found if _fake(source).dim() >= 3}
+    sequences = {source for source in found if fake_value(source).dim() >= 3}
     return frozenset(sequences or found)
 
 
@@ -136,7 +126,7 @@ def _has_join(source: fx.Node, memo: dict[fx.Node, bool]) -> bool:
             answer = memo[current]
         elif same(_length(current), tokens):
             answer = _joins_tokens(current)
-            todo.extend(_inputs(current))
+            todo.extend(current.all_input_nodes)
     memo[source] = answer
     return answer
 

@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cef_compile.ops import Measures
+from cef_compile.ops import Measures, interval_95
 from cef_compile.policy import AttentionNode, Decision
 from cef_compile.report.table import number, text_table
-
-Z_95 = 1.959963984540054
-"""Half width of a 95 % interval in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ class Audit:
         read = [Measures.of(row) for row in stacked]
         count = len(read)
         recall = math.fsum(m.recall for m in read) / count
-        half = Z_95 * math.sqrt(math.fsum(m.stderr**2 for m in read)) / count
+        stderr = math.sqrt(math.fsum(m.stderr**2 for m in read)) / count
         target = calls[-1].decision.recall
         assert target is not None, "only filtered nodes are audited"
         threshold = read[-1].threshold
@@ -207,7 +204,7 @@ class Audit:
             ordinal=ordinal,
             target=target,
             recall=recall,
-            interval=(max(recall - half, 0.0), min(recall + half, 1.0)),
+            interval=interval_95(recall, stderr),
             estimate=math.fsum(m.estimate for m in read) / count,
             density=math.fsum(m.density for m in read) / count,
             threshold=None if math.isnan(threshold) else threshold,
