@@ -169,6 +169,7 @@ class NodeState:
             density=last.density if last else None,
             estimated_recall=last.estimate if last else None,
             threshold=last.threshold if last and has_threshold else None,
+            form=node.form,
         )
 
 

@@ -78,7 +78,7 @@ def assert_taken(function: Callable[..., Any], *args: Any, **options: Any) -> Co
     compiled = compile_at_recall_1(function, *args, **options)
     assert compiled.node.decision == "filtered", compiled.node.reason + compiled.node.detail
     assert compiled.node.density == 1.0
-    left = {"softmax", "matmul", "baddbmm", "einsum", "dropout", "empty"}
+    left = {"softmax", "matmul", "bmm", "baddbmm", "einsum", "dropout", "empty"}
     assert not left & set(compiled.names)
     targets = [node.target for node in compiled.passed_on.graph.nodes]
     assert targets.count(torch.ops.cef.attention.default) == 1

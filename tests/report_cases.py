@@ -31,6 +31,7 @@ FILTERED = ReportedNode(
     density=0.25,
     estimated_recall=0.91,
     threshold=0.01,
+    form="softmax(bmm)",
 )
 DENSE = replace(
     FILTERED,

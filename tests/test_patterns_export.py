@@ -53,6 +53,8 @@ def test_every_form_is_found_in_an_exported_graph(form: str) -> None:
     exported = torch.export.export(Call(FORMS[form]), (*qkv(), VISIBLE))
     (site,) = find_sites(exported.graph_module)
     assert site.problem is None
+    products = form if form in ("bmm", "einsum") else "matmul"
+    assert site.node.form == ("sdpa" if form == "sdpa" else f"softmax({products})")
     assert site.node.mask == (
         "key_padding" if form in ("sdpa", "scaled and filled", "added") else "none"
     )

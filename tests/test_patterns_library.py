@@ -128,6 +128,7 @@ def dense(q, k, v, dropout=0.0, causal=False, left=-1, softcap=0.0, slopes=None)
 def test_flash_attention_in_the_layout_of_tokens() -> None:
     compiled = assert_taken(lambda q, k, v: dense(q, k, v)[0].flatten(2), *tokens())
     assert compiled.node.q_shape == (2, 2, LENGTH, 8)
+    assert compiled.node.form == "flash_attn::_flash_attn_forward"
     targets = [str(node.target) for node in compiled.passed_on.graph.nodes]
     assert not any("flash_attn" in target for target in targets)
 
@@ -222,6 +223,7 @@ def one_sequence() -> tuple[Tensor, Tensor, Tensor]:
 )
 def test_one_packed_sequence_is_taken(starts) -> None:
     compiled = assert_taken(lambda q, k, v: packed(q, k, v, starts(), starts()), *one_sequence())
+    assert compiled.node.form == "flash_attn::_flash_attn_varlen_forward"
     assert compiled.node.q_shape == (1, 2, LENGTH, 8)
 
 
@@ -326,6 +328,7 @@ def test_multi_head_attention_is_reported(batch_first: bool) -> None:
         lambda x: module(x, x, x, need_weights=False)[0], x, reason=Reason.MULTI_HEAD
     )
     assert compiled.node.q_shape == (3, 2, LENGTH, 8)
+    assert compiled.node.form == "multi_head_attention_forward"
 
 
 def test_multi_head_attention_without_a_batch_and_with_weights() -> None:
@@ -344,3 +347,4 @@ def test_flex_attention_is_reported() -> None:
         lambda q, k, v: flex_attention(q, k, v, score_mod=distance), q, k, v, reason=Reason.FLEX
     )
     assert compiled.node.q_shape == (2, 2, LENGTH, 16)
+    assert compiled.node.form == "flex_attention"

@@ -106,6 +106,32 @@ def test_every_spelling_of_the_products(product: str) -> None:
     assert_taken(lambda q, k, v: multiply(multiply(q, k.mT).softmax(-1), v), *qkv())
 
 
+def test_the_form_in_the_report_names_the_products() -> None:
+    q, k, v = qkv()
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    empty = torch.empty(1)
+    forms = {
+        "softmax(matmul)": (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (q, k, v)),
+        "softmax(bmm)": (lambda q, k, v: q.bmm(k.mT).softmax(-1).bmm(v), flat),
+        "softmax(baddbmm, bmm)": (
+            lambda q, k, v: torch.bmm(
+                torch.baddbmm(empty, q, k.mT, beta=0, alpha=S).softmax(-1), v
+            ),
+            flat,
+        ),
+        "softmax(einsum)": (
+            lambda q, k, v: torch.einsum(
+                "bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v
+            ),
+            (q, k, v),
+        ),
+    }
+    for form, (function, args) in forms.items():
+        assert assert_taken(function, *args).node.form == form
+    refused = compile_at_recall_1(lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, q, k, v)
+    assert refused.node.form == "softmax(matmul)"
+
+
 @pytest.mark.parametrize("softmax", SOFTMAXES)
 def test_every_spelling_of_the_softmax(softmax: str) -> None:
     normalise = SOFTMAXES[softmax]

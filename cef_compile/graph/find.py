@@ -175,6 +175,7 @@ def _site(
                 match.query.source, match.key.source, joined, (q.shape[-2], k.shape[-2])
             ),
             requires_grad=bool(out.requires_grad),
+            form=match.form,
         ),
     )
 

@@ -88,6 +88,8 @@ class AttentionNode:
         mask: "none", "key_padding" (bool, the same for every query and head), "bool" or "float".
         kind: "self", "cross", or "joint" (several token sequences concatenated).
         requires_grad: whether the output would need a gradient.
+        form: how the model writes it: "sdpa", "softmax(matmul)" and its like for attention that is
+            spelled out, the name of another op.
     """
 
     path: str
@@ -107,6 +109,7 @@ class AttentionNode:
     mask: MaskKind
     kind: Kind
     requires_grad: bool
+    form: str = "sdpa"
 
     @property
     def q_len(self) -> int:

@@ -34,6 +34,7 @@ PICTURE_TYPES: Final = {
 COLUMNS: Final = (
     ("node", "text", "module path and number of the call in it"),
     ("kind", "text", "self, cross or joint attention"),
+    ("form", "text", "how the model writes the attention"),
     ("queries", "number", "query tokens"),
     ("keys", "number", "key tokens"),
     ("decision", "text", "filtered, or dense and why"),
@@ -192,6 +193,7 @@ def _node_row(node: Mapping[str, Any], several: bool) -> str:
     cells = [
         _name(node, several),
         node["kind"],
+        node["form"],
         _size(node["q_len"]),
         _size(node["kv_len"]),
         f"filtered ({node['filter']})" if filtered else f"dense: {why}",

@@ -15,6 +15,7 @@ NODE_FIELDS: Final[Mapping[str, tuple[type, ...]]] = {
     "model": (str,),
     "path": (str,),
     "ordinal": (int,),
+    "form": (str,),
     "kind": (str,),
     "q_len": (int,),
     "kv_len": (int,),

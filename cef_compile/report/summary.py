@@ -28,6 +28,7 @@ class ReportedNode:
         reason, detail: why it is dense; empty if filtered.
         calls: filtered calls so far.
         density, estimated_recall, threshold: of the last filtered call; None before one.
+        form: how the model writes it, see :class:`~cef_compile.AttentionNode`.
     """
 
     model: str
@@ -51,6 +52,7 @@ class ReportedNode:
     density: float | None
     estimated_recall: float | None
     threshold: float | None
+    form: str = "sdpa"
 
     @property
     def q_len(self) -> int:
@@ -112,11 +114,13 @@ class Report:
         ]
         lines += [f"  rule {pattern!r} matches no node" for pattern in self.unmatched_rules]
         models = len({node.model for node in self.nodes}) > 1
-        header = ["node", "kind", "q x kv", "decision", "recall", "estimate", "density", "why"]
+        header = ["node", "kind", "form", "q x kv", "decision"]
+        header += ["recall", "estimate", "density", "why"]
         rows = [
             [
                 f"{node.path or '(unnamed)'}#{node.ordinal}",
                 node.kind,
+                node.form,
                 f"{node.q_len} x {node.kv_len}",
                 node.filter or "dense",
                 number(node.recall),

@@ -18,7 +18,8 @@ from torch import fx
 _aten = torch.ops.aten
 
 _SPELLINGS: dict[str, tuple[Any, ...]] = {
-    "matmul": (torch.matmul, operator.matmul, torch.bmm, _aten.matmul.default, _aten.bmm.default),
+    "matmul": (torch.matmul, operator.matmul, _aten.matmul.default),
+    "bmm": (torch.bmm, _aten.bmm.default),
     "baddbmm": (torch.baddbmm, _aten.baddbmm.default),
     "einsum": (torch.einsum, _aten.einsum.default),
     "softmax": (F.softmax, torch.softmax, torch.special.softmax, _aten.softmax.int),
@@ -65,7 +66,8 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
     "projection": (F.linear, torch.addmm, torch.conv1d, torch.conv2d, _aten.linear.default),
 }
 _METHOD_SPELLINGS: dict[str, tuple[str, ...]] = {
-    "matmul": ("matmul", "bmm"),
+    "matmul": ("matmul",),
+    "bmm": ("bmm",),
     "baddbmm": ("baddbmm",),
     "softmax": ("softmax",),
     "mul": ("mul", "multiply"),
@@ -114,7 +116,7 @@ _IN_PLACE: frozenset[Callable[..., Any]] = frozenset(
 
 ALIASING = frozenset({"view", "transpose", "permute", "contiguous", "cast"})
 """Calls whose result may share memory with their first argument."""
-PRODUCTS = frozenset({"matmul", "baddbmm", "einsum"})
+PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 """Calls that multiply two batches of matrices."""
 
 

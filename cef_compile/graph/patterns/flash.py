@@ -47,16 +47,29 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def match(node: fx.Node) -> Match | None:
     """The attention of a flash-attn op."""
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        target = getattr(target, "default", None)
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+    target = _overload(node)
+    if target is None:
         return None
     namespace, _, name = target._schema.name.partition("::")
     if namespace not in NAMESPACES or name not in (*DENSE_OPS, *PACKED_OPS):
         return None
     given = _bind(node, target)
     return _dense(node, given) if name in DENSE_OPS else _packed(node, given)
+
+
+def _overload(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The op that a node calls; of several overloads the default one."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, "default", None)
+    is_op = node.op == "call_function" and isinstance(target, torch._ops.OpOverload)
+    return target if is_op else None
+
+
+def _form(node: fx.Node) -> str:
+    """The op by its name, as ``flash_attn::_flash_attn_forward``."""
+    target = _overload(node)
+    return "" if target is None else str(target._schema.name)
 
 
 def _bind(node: fx.Node, target: torch._ops.OpOverload) -> dict[str, Any]:
@@ -78,6 +91,7 @@ def _dense(node: fx.Node, given: dict[str, Any]) -> Match:
         return _reported(node, (q, k, v), given, refused.problem)
     return Match(
         result=result,
+        form=_form(node),
         query=q,
         key=k,
         value=v,
@@ -105,6 +119,7 @@ def _packed(node: fx.Node, given: dict[str, Any]) -> Match:
         return _reported(node, (q, k, v), given, refused.problem)
     return Match(
         result=result,
+        form=_form(node),
         query=q,
         key=k,
         value=v,
@@ -128,6 +143,7 @@ def _reported(
     q, k, v = operands
     return Match(
         result=outputs[0] if outputs else node,
+        form=_form(node),
         query=q,
         key=k,
         value=v,

@@ -29,6 +29,7 @@ def match_multi_head(node: fx.Node) -> Match | None:
     training = argument(node, 13, "training", default=True)
     return Match(
         result=_first_output(node),
+        form="multi_head_attention_forward",
         query=q,
         key=k,
         value=v,
@@ -46,6 +47,7 @@ def match_flex(node: fx.Node) -> Match | None:
     q, k, v = (Operand(argument(node, i, name)) for i, name in enumerate(("query", "key", "value")))
     return Match(
         result=_first_output(node),
+        form=_FLEX,
         query=q,
         key=k,
         value=v,

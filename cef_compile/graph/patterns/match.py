@@ -47,6 +47,7 @@ class Match:
 
     Attributes:
         result: the node that holds the attention's output.
+        form: how it is written, in a word for reports.
         query, key, value: as ``(B, heads, length, head_dim)`` where the pattern can say so.
         mask: as SDPA's ``attn_mask``.
         scale: factor of the scores; None for the usual one, an FX node where it is computed.
@@ -57,6 +58,7 @@ class Match:
     """
 
     result: fx.Node
+    form: str
     query: Operand
     key: Operand
     value: Operand

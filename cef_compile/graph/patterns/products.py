@@ -49,7 +49,7 @@ class Weighted:
 def factors(node: fx.Node) -> tuple[Any, ...]:
     """The two tensors that a product multiplies."""
     name = call_name(node)
-    if name == "matmul":
+    if name in ("matmul", "bmm"):
         return argument(node, 0, "input", "self"), argument(node, 1, "other", "mat2")
     if name == "baddbmm":
         return argument(node, 1, "batch1"), argument(node, 2, "batch2")
@@ -70,7 +70,7 @@ def scores(node: fx.Node) -> Scores:
         return _einsum_scores(node)
     query, key = factors(node)
     keys = Operand(key).then(torch.transpose, -2, -1)
-    if name == "matmul":
+    if name in ("matmul", "bmm"):
         return Scores(Operand(query), keys)
     alpha, beta = argument(node, 4, "alpha", default=1), argument(node, 3, "beta", default=1)
     if not is_number(alpha):

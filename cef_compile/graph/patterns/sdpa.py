@@ -48,6 +48,7 @@ def match(node: fx.Node) -> Match | None:
     arguments = bind(node)
     return Match(
         result=node,
+        form="sdpa",
         query=Operand(arguments["query"]),
         key=Operand(arguments["key"]),
         value=Operand(arguments["value"]),

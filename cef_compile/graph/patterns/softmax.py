@@ -99,7 +99,13 @@ def _seen(first: fx.Node, second: fx.Node, problem: tuple[Reason, str]) -> Match
     fakes = [operand.fake for operand in (q, k, value)] + [fake_value(second)]
     if any(not isinstance(fake, torch.Tensor) or fake.dim() < 2 for fake in fakes):
         return None
-    return Match(result=second, query=q, key=k, value=value, problem=problem)
+    return Match(second, _form(first, second), q, k, value, problem=problem)
+
+
+def _form(first: fx.Node, second: fx.Node) -> str:
+    """``softmax(...)`` of what computes the scores, or of both products where they differ."""
+    names = dict.fromkeys((call_name(first), call_name(second)))
+    return f"softmax({', '.join(names)})"
 
 
 class _Walk:
@@ -314,6 +320,7 @@ class _Walk:
             raise RefusedError(Reason.LAYOUT, "batch or heads are broadcast")
         return Match(
             result=product,
+            form=_form(self.first, product),
             query=query,
             key=key,
             value=value,
