@@ -7,7 +7,8 @@ recall was delivered.
 
 from cef_compile.backend import Backend, backend, named_backend
 from cef_compile.calibrate import TimeModel, calibrate
-from cef_compile.errors import PolicyFormatError, UnsupportedNodeError
+from cef_compile.distributed import gather_audit
+from cef_compile.errors import PolicyFormatError, RankError, UnsupportedNodeError
 from cef_compile.explain import explain
 from cef_compile.functional import AttentionStats, attention
 from cef_compile.policy import (
@@ -24,7 +25,7 @@ from cef_compile.policy import (
     load_policy,
     save_policy,
 )
-from cef_compile.report import Audit, AuditedNode, Report, ReportedNode
+from cef_compile.report import Audit, AuditedNode, GatheredAudit, Report, ReportedNode
 
 __version__ = "0.1.0"
 
@@ -37,9 +38,11 @@ __all__ = [
     "Balanced",
     "Calibration",
     "Decision",
+    "GatheredAudit",
     "NodePolicy",
     "Policy",
     "PolicyFormatError",
+    "RankError",
     "Reason",
     "Report",
     "ReportedNode",
@@ -52,6 +55,7 @@ __all__ = [
     "backend",
     "calibrate",
     "explain",
+    "gather_audit",
     "load_policy",
     "named_backend",
     "save_policy",

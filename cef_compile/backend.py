@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from cef_compile import inner as inner_compilers
 from cef_compile.decide import Decider
-from cef_compile.errors import UnsupportedNodeError
+from cef_compile.distributed import check_group, spelled, together
+from cef_compile.errors import RankError, UnsupportedNodeError
 from cef_compile.graph import (
     NO_OWNER,
     Owner,
@@ -57,9 +59,11 @@ class Backend:
         inner: str | Callable[..., Any],
         strict: bool,
         min_kv_len: int | None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self._decider = Decider(policy, strict, min_kv_len)
         self._inner = inner_compilers.check_inner(inner)
+        self._group = check_group(group)
         self._switches = Switches()
         self._level: float | None = None
         # A report outlives its model, so the states are held here and the models are not.
@@ -80,7 +84,19 @@ class Backend:
 
         Raises:
             UnsupportedNodeError: with ``strict``, for a node that should be filtered and cannot be.
+            RankError: with ``group``, where another rank has failed or decides otherwise.
         """
+        try:
+            with together(self._group) as outcome:
+                compiled = self._compile(gm, example_inputs, kwargs)
+                outcome.decisions = self._decisions()
+        except RankError as error:
+            raise inner_compilers.surfaced(error) from error
+        return compiled
+
+    def _compile(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
         sites = find_sites(gm)
         anchor, local_name = _anchor(gm, example_inputs)
         owner = NO_OWNER if anchor is None else find_owner(example_inputs[anchor], local_name)
@@ -159,16 +175,22 @@ class Backend:
         Raises:
             TypeError: ``policy`` is none.
             UnsupportedNodeError: with ``strict``, for a node that cannot follow; nothing changes.
+            RankError: with ``group``, where another rank has failed or decides otherwise; nothing
+                changes. Every rank has to call this.
         """
-        check_policy(policy)
-        changes = [
-            (node, self._decider.follow(policy, node.node, node.decision, node.variant))
-            for state in self._states
-            for node in state.nodes
-        ]
+        changes = []
+        with together(self._group) as outcome:
+            check_policy(policy)
+            for state in self._states:
+                for node in state.nodes:
+                    follow = self._decider.follow
+                    decision = follow(policy, node.node, node.decision, node.variant)
+                    bands = node_bands(policy, node.node, decision)
+                    changes.append((node, decision, bands))
+                    outcome.decisions[f"{state} {node}"] = spelled(bands or decision)
         self._decider.policy = policy
-        for node, decision in changes:
-            node.decide(decision, node_bands(policy, node.node, decision), self._level)
+        for node, decision, bands in changes:
+            node.decide(decision, bands, self._level)
         if isinstance(policy, NodePolicy):
             self._warn_of_differences(policy)
 
@@ -211,7 +233,8 @@ class Backend:
         """The decisions as they are now, with the thresholds that `Balanced` has found fixed.
 
         The result does what the next call would do, whatever ran before; `save_policy` keeps it.
-        It works for any policy, also one of your own code. Synchronises with the device.
+        It works for any policy, also one of your own code. Synchronises with the device. With
+        ``group``, every rank has to call this.
 
         Args:
             model: which model, for a backend that serves several.
@@ -246,11 +269,19 @@ class Backend:
         layers.get(owner)
         return layers, chosen
 
+    def _decisions(self) -> dict[str, str]:
+        """All decisions so far, by model and node, for the comparison with other ranks."""
+        return {
+            f"{state} {node}": spelled(node.bands or node.decision)
+            for state in self._states
+            for node in state.nodes
+        }
+
     def _model_state(self, model: nn.Module | None) -> ModelState:
         if model is not None and model in self._models:
             return self._models[model]
         class_ = "(unnamed)" if model is None else type(model).__name__
-        state = ModelState(class_, self._warn_of_unmatched_rules, self._level)
+        state = ModelState(class_, self._warn_of_unmatched_rules, self._level, self._group)
         self._states.append(state)
         twins = self._twins.setdefault(class_, [])
         twins.append(state)
@@ -325,6 +356,7 @@ def backend(
     inner: str | Callable[..., Any] = "inductor",
     strict: bool = False,
     min_kv_len: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Backend:
     """A torch.compile backend that computes only the key tiles that carry the attention energy.
 
@@ -341,17 +373,22 @@ def backend(
             that cannot be, in place of keeping it dense.
         min_kv_len: nodes with fewer keys stay dense; None for the measured break-even of the
             device.
+        group: ranks that run this model together, each on its part (``dist.group.WORLD`` for all).
+            They share the threshold of :class:`Balanced`, and raise a :class:`RankError` together
+            where one fails to compile or decides otherwise. All must compile the same graphs in the
+            same order. None leaves each rank to itself.
 
     Raises:
-        TypeError: ``policy``, ``inner``, ``recall`` or ``min_kv_len`` is of the wrong type.
+        TypeError: ``policy``, ``inner``, ``recall``, ``min_kv_len`` or ``group`` is of the wrong
+            type.
         ValueError: ``recall`` is outside (0, 1], both it and a policy are given, ``inner`` is no
-            registered backend, or ``min_kv_len`` is negative.
+            registered backend, ``min_kv_len`` is negative, or ``group`` lacks this rank.
     """
     if recall is not None and policy is not None:
         raise ValueError(f"give recall or policy, not both; got {recall!r} and {policy!r}")
     if policy is None:
         policy = Balanced(DEFAULT_RECALL if recall is None else recall)
-    return Backend(policy, inner, strict, min_kv_len)
+    return Backend(policy, inner, strict, min_kv_len, group)
 
 
 def _choose(sites: Sequence[Site], decisions: list[list[Decision]]) -> dict[Site, Decision]:
@@ -410,7 +447,7 @@ def named_backend(**options: Any) -> Backend:
     return _named[key]
 
 
-_OPTIONS = ("recall", "policy", "inner", "strict", "min_kv_len")
+_OPTIONS = ("recall", "policy", "inner", "strict", "min_kv_len", "group")
 _named: dict[tuple[Any, ...], Backend] = {}
 """Dynamo calls a named backend anew for every graph, and a model's graphs belong together."""
 

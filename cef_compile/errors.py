@@ -22,6 +22,10 @@ class UnsupportedNodeError(RuntimeError):
         )
 
 
+class RankError(RuntimeError):
+    """With a process group: another rank has failed, or has decided otherwise than this one."""
+
+
 class PolicyFormatError(ValueError):
     """A policy file, or a calibration's checkpoint, is damaged or not of a known format.
 

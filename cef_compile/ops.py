@@ -6,6 +6,7 @@ It imports torch alone; the Triton kernels are imported at the first call that n
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from types import ModuleType
@@ -73,6 +74,25 @@ class Measures:
         )
 
 
+def pooled(parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """Measures of a node of which several parts were computed apart, on other heads or rows.
+
+    Args:
+        parts: the op's third output for each part, independent of each other.
+        rows: query rows of each.
+    """
+    stacked = torch.stack(list(parts)).double()
+    weight = torch.tensor(rows, dtype=torch.float64, device=stacked.device)[:, None]
+    weight = weight / weight.sum()
+    whole = (weight * stacked).sum(0)
+    whole[c.MEASURE_STDERR] = (weight * stacked)[:, c.MEASURE_STDERR].norm()
+    thresholds = stacked[:, c.MEASURE_LOG2_THRESHOLD]
+    whole[c.MEASURE_LOG2_THRESHOLD] = torch.where(
+        (thresholds == thresholds[0]).all(), thresholds[0], torch.nan
+    )
+    return whole
+
+
 def new_control(decision: Decision, device: torch.device, seed: int = 0) -> Tensor:
     """The run-time numbers of a filtered node: ``[CONTROL_SIZE]``, float32.
 
@@ -92,17 +112,25 @@ def new_control(decision: Decision, device: torch.device, seed: int = 0) -> Tens
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def shared_threshold(histograms: list[Tensor], control: Tensor) -> Tensor:
-    """The control of nodes that share one threshold: their mean recall is the target.
+def mean_energy(histograms: list[Tensor]) -> Tensor:
+    """The cumulative-energy curve of several nodes, mean over them: ``[RANK_BINS]``.
 
     Args:
         histograms: one ``[2, RANK_BINS]`` for each node, on one device.
+    """
+    return torch.stack([h[0] for h in histograms]).mean(0)
+
+
+def shared_threshold(energy: Tensor, control: Tensor) -> Tensor:
+    """The control of nodes that share one threshold: their mean recall is the target.
+
+    Args:
+        energy: their :func:`mean_energy`.
         control: a control of one of them, for the target and the seed.
 
     Returns:
         A new control with the threshold fixed. No host synchronisation.
     """
-    energy = torch.stack([h[0] for h in histograms]).mean(0)
     bin_ = c.threshold_bin(energy, control[c.CONTROL_TARGET])
     shared = control.clone()
     shared[c.CONTROL_LOG2_THRESHOLD] = c.log2_edge(bin_)

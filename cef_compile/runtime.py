@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cef_compile import ops
+from cef_compile.distributed import mean_over_ranks
 from cef_compile.ops import Phase
 from cef_compile.policy import AttentionNode, Bands, Decision, NodeEntry, band_at, dtype_name
 from cef_compile.report import Audit, ReportedNode
@@ -70,6 +72,9 @@ class NodeState:
         self._schedule(decision, bands, level)
         self.reset()
 
+    def __str__(self) -> str:
+        return f"{self.node.path or '(unnamed)'}#{self.node.ordinal}"
+
     def reset(self) -> None:
         """Forget what earlier calls have shown."""
         self.calls = 0
@@ -115,16 +120,15 @@ class NodeState:
         """
         bands = self.bands or ((0.0, self.decision),)
         if any(d.group is not None and d.threshold is None for _, d in bands):
-            name = f"{self.node.path or '(unnamed)'}#{self.node.ordinal}"
             if len(bands) > 1:
                 raise ValueError(
-                    f"node {name} shares a threshold that each noise level finds anew, and one"
+                    f"node {self} shares a threshold that each noise level finds anew, and one"
                     " policy cannot freeze them all; freeze one without a schedule"
                 )
             threshold = ops.fixed_threshold(self.control) if self.variant else None
             if threshold is None:
                 raise RuntimeError(
-                    f"node {name} has not found its threshold yet: run the compiled model once"
+                    f"node {self} has not found its threshold yet: run the compiled model once"
                 )
             bands = ((0.0, replace(self.decision, threshold=threshold)),)
         node = self.node
@@ -180,16 +184,22 @@ class ModelState:
         name: class of the model, numbered where its backend serves several of that class.
         after_first_pass: called once, when every filtered node of the model is known.
         level: noise level that is set; None where none is.
+        group: ranks that run the same passes and share thresholds; None for this process alone.
 
     A pass ends when a node is about to run for the second time. Then the nodes of each group that
     ran in it get the one threshold at which their mean recall is the target.
     """
 
     def __init__(
-        self, name: str, after_first_pass: Callable[[], None], level: float | None = None
+        self,
+        name: str,
+        after_first_pass: Callable[[], None],
+        level: float | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.name = name
         self.level = level
+        self._group = group
         self.nodes: list[NodeState] = []
         self._after_first_pass: Callable[[], None] | None = after_first_pass
         self._ran: dict[tuple[str, int], NodeState] = {}
@@ -270,7 +280,10 @@ class ModelState:
                 groups.setdefault(key, []).append(state)
         for members in groups.values():
             controls = [state.control for state in members]
-            shared = ops.shared_threshold([state.histogram for state in members], controls[0])
+            energy = ops.mean_energy([state.histogram for state in members])
+            rows = sum(state.node.rows for state in members)
+            energy = mean_over_ranks(self._group, energy, rows)
+            shared = ops.shared_threshold(energy, controls[0])
             torch._foreach_copy_(controls, [shared] * len(controls))
         self._ran.clear()
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 
 import cef_compile
 
 HEADS = 4
-SPREAD = 0.08
-"""How far a rank's recall may be from the target: its few heads of random weights are nearly
-uniform, and then a step of threshold takes or leaves many tiles at once."""
+RECALL = 0.9
+CALLS = 3
+"""The first finds each node's own threshold, the second runs at the shared one."""
+
+
+FILTERED = ("filtered", RECALL, False, "eager")
+RUNS = {
+    2: (("whole", 1.0, False, "aot_eager"), ("regional", 1.0, True, "eager"), FILTERED),
+    4: (FILTERED,),
+}
+"""By number of ranks: name, recall, whether blocks are compiled one by one, inner compiler."""
 
 
 def build() -> tuple[WanTransformer3DModel, dict[str, Any]]:
@@ -28,66 +35,100 @@ def build() -> tuple[WanTransformer3DModel, dict[str, Any]]:
     return WanTransformer3DModel.from_config(config).eval(), inputs
 
 
-@torch.no_grad()
-def work(rank: int, world: int, folder: str) -> None:
-    """What one rank does; its findings go to a file."""
-    torch.set_num_threads(1)
-    # diffusers counts accelerators to choose a device, and divides by their number.
-    torch.accelerator.device_count = lambda: 1
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+def calls(
+    model: WanTransformer3DModel, inputs: dict[str, Any], backend: cef_compile.Backend
+) -> tuple[torch.Tensor, cef_compile.Audit]:
+    """The last of several calls, and its audit."""
+    for _ in range(CALLS - 1):
+        model(**inputs)
+    with backend.audit() as audit:
+        return model(**inputs)[0], audit
+
+
+def error_of(model: WanTransformer3DModel, inputs: dict[str, Any], **options: Any) -> str:
+    torch._dynamo.reset()
+    backend = cef_compile.backend(inner="eager", group=dist.group.WORLD, **options)
+    try:
+        torch.compile(model, backend=backend)(**inputs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def fail(node: cef_compile.AttentionNode) -> float:
+    raise ValueError("no opinion")
+
+
+def ulysses(rank: int, world: int) -> dict[str, Any]:
     model, inputs = build()
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=world))
     found: dict[str, Any] = {"dense": model(**inputs)[0]}
-    for name, recall, regional in (
-        ("whole", 1.0, False),
-        ("regional", 1.0, True),
-        ("filtered", 0.9, False),
-    ):
+    for name, recall, regional, inner in RUNS[world]:
         torch._dynamo.reset()
-        backend = cef_compile.backend(recall=recall, inner="aot_eager")
+        backend = cef_compile.backend(recall=recall, inner=inner, group=dist.group.WORLD)
         if regional:
             model.compile_repeated_blocks(backend=backend)
             compiled = model
         else:
             compiled = torch.compile(model, backend=backend)
-        compiled(**inputs)
-        with backend.audit() as audit:
-            found[name] = compiled(**inputs)[0]
-        found[f"{name} recall"] = audit.recall
-        found[f"{name} nodes"] = [
-            (node.path, node.q_shape, node.kind, node.decision) for node in backend.report.nodes
-        ]
+        found[name], audit = calls(compiled, inputs, backend)
+        found[f"{name} own audit"] = audit.to_dict()
+        found[f"{name} audit"] = cef_compile.gather_audit(audit)
+        found[f"{name} nodes"] = backend.report.nodes
         for block in model.blocks:
             block._compiled_call_impl = None
-    torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    # The same change on all ranks is taken, another one on each by none.
+    backend.set_recall(0.8)
+    with pytest.raises(cef_compile.RankError, match="the ranks decide differently on Wan"):
+        backend.set_recall(0.5 + rank / 10)
+    found["policy"] = backend.policy
+    found["frozen"] = backend.frozen_policy()
+
+    last = rank == world - 1
+    found["error"] = error_of(model, inputs, policy=fail if last else cef_compile.Uniform(0.9))
+    found["other policy"] = error_of(model, inputs, recall=0.8 if last else 0.9)
+    return found
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ulysses_filters_the_heads_of_each_rank(world: int, tmp_path: Path) -> None:
-    mp.spawn(work, args=(world, str(tmp_path)), nprocs=world)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world)]
+def test_ulysses(world: int, tmp_path: Path, fresh_dynamo: None) -> None:
+    found = ranks.run(ulysses, world, tmp_path)
     model, inputs = build()
+    backend = cef_compile.backend(recall=RECALL, inner="eager")
     with torch.no_grad():
-        single = model(**inputs)[0]
+        dense = model(**inputs)[0]
+        filtered, audit = calls(torch.compile(model, backend=backend), inputs, backend)
+
     self_attention = [f"blocks.{i}.attn1" for i in range(len(model.blocks))]
-    for found in ranks:
-        for name in ("dense", "whole", "regional"):
-            torch.testing.assert_close(found[name], single, rtol=1e-5, atol=1e-5)
-        assert found["whole recall"] == found["regional recall"] == pytest.approx(1.0)
-        # The last collective gathers the output, so that every rank holds the whole of it.
-        assert torch.equal(found["filtered"], ranks[0]["filtered"])
-        assert abs(found["filtered recall"] - 0.9) < SPREAD
-        for name in ("whole", "regional", "filtered"):
-            nodes = found[f"{name} nodes"]
-            filtered = [path for path, *_, decision in nodes if decision == "filtered"]
-            assert filtered == self_attention
+    for rank in found:
+        torch.testing.assert_close(rank["dense"], dense, rtol=1e-5, atol=1e-5)
+        # One threshold for all ranks, so that it does not matter how many there are.
+        torch.testing.assert_close(rank["filtered"], filtered, rtol=1e-5, atol=1e-5)
+        for name, recall, *_ in RUNS[world]:
+            if recall == 1:
+                torch.testing.assert_close(rank[name], dense, rtol=1e-5, atol=1e-5)
+            nodes = [node for node in rank[f"{name} nodes"] if node.decision == "filtered"]
+            assert [node.path for node in nodes] == self_attention
             # Each rank sees the full sequence and its part of the heads.
-            assert {shape for path, shape, *_ in nodes if path in filtered} == {
-                (1, HEADS // world, 1024, 12)
-            }
-    error = (ranks[0]["filtered"] - single).norm() / single.norm()
-    assert 0 < error < 0.05
+            assert {node.q_shape for node in nodes} == {(1, HEADS // world, 1024, 12)}
+        assert rank["policy"] == cef_compile.Balanced(0.8)
+        assert rank["frozen"].nodes == found[0]["frozen"].nodes
+    assert 0 < (filtered - dense).norm() / dense.norm() < 0.05
+
+    gathered = found[0]["filtered audit"]
+    assert all(rank["filtered audit"] is None for rank in found[1:])
+    assert [n.path for n in gathered.nodes] == self_attention
+    for whole, single in zip(gathered.nodes, audit.nodes, strict=True):
+        for field in ("recall", "density", "estimate", "threshold", "target"):
+            assert getattr(whole, field) == pytest.approx(getattr(single, field), rel=1e-4)
+    parts = [rank["filtered own audit"]["recall"] for rank in found]
+    assert max(parts) - min(parts) > 1e-4  # the ranks have other heads
+    assert gathered.recall == pytest.approx(sum(parts) / world)
+    assert f"rank {world - 1}" in str(gathered).splitlines()[-4]
+
+    for name, own, other in (
+        ("error", "ValueError: no opinion", f"RankError: rank {world - 1} failed: ValueError: no"),
+        ("other policy", "RankError: the ranks decide differently on Wan", "RankError: the ranks"),
+    ):
+        assert found[-1][name].startswith(own)
+        assert all(rank[name].startswith(other) for rank in found[:-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
@@ -125,6 +126,11 @@ class AttentionNode:
     def head_dim(self) -> int:
         """Channels of a head."""
         return self.q_shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """Number of query rows, over all batches and heads."""
+        return math.prod(self.q_shape[:-1])
 
     @property
     def key(self) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from cef_compile.report.audit import Audit, AuditedNode, AuditedPass
 from cef_compile.report.html import Table, write_html
+from cef_compile.report.ranks import GatheredAudit
 from cef_compile.report.summary import Report, ReportedNode
 from cef_compile.report.tiles import TileMap, TilePanel
 
@@ -9,6 +10,7 @@ __all__ = [
     "Audit",
     "AuditedNode",
     "AuditedPass",
+    "GatheredAudit",
     "Report",
     "ReportedNode",
     "Table",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,9 +67,10 @@ class AuditedPass:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A call as it is kept until somebody reads it."""
+class Call:
+    """A call of a node as it is kept until somebody reads it."""
 
+    node: AttentionNode
     decision: Decision
     measures: Tensor
     pass_: int
@@ -94,10 +95,19 @@ class Audit:
 
     def __init__(self) -> None:
         # Models as they are, not by name: one gets a number when a second of its class turns up.
-        self._calls: dict[tuple[Hashable, str, int], list[_Call]] = {}
+        self._calls: dict[tuple[Hashable, str, int], list[Call]] = {}
         self._passes: list[tuple[Hashable, str, str]] = []
         self._progress: dict[Hashable, _Progress] = {}
         self._label: tuple[str, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to another process: the calls so far, read, under the models' names."""
+        read = {
+            (str(model), *key): [replace(call, measures=call.measures.cpu()) for call in calls]
+            for (model, *key), calls in self._calls.items()
+        }
+        passes = [(str(model), step, branch) for model, step, branch in self._passes]
+        return {**vars(Audit()), "_calls": read, "_passes": passes}
 
     def label(self, step: object, branch: object = "") -> None:
         """Name the coming forward passes, for reports.
@@ -131,7 +141,7 @@ class Audit:
             progress.ran.clear()
             self._passes.append((model, step, branch))
         progress.ran.add(node.key)
-        call = _Call(decision, measures, progress.current)
+        call = Call(node, decision, measures, progress.current)
         self._calls.setdefault((model, *node.key), []).append(call)
 
     @property
@@ -188,7 +198,7 @@ class Audit:
             f"{text_table(header, rows)}\nmean recall {self.recall:.4f}, density {self.density:.4f}"
         )
 
-    def _summarise(self, key: tuple[Hashable, str, int], calls: list[_Call]) -> AuditedNode:
+    def _summarise(self, key: tuple[Hashable, str, int], calls: list[Call]) -> AuditedNode:
         model, path, ordinal = key
         stacked = torch.stack([call.measures for call in calls]).cpu()
         read = [Measures.of(row) for row in stacked]
