@@ -25,7 +25,14 @@ from cef_compile.policy import (
     load_policy,
     save_policy,
 )
-from cef_compile.report import Audit, AuditedNode, GatheredAudit, Report, ReportedNode
+from cef_compile.report import (
+    Audit,
+    AuditedNode,
+    GatheredAudit,
+    Report,
+    ReportedBreak,
+    ReportedNode,
+)
 
 __version__ = "0.1.0"
 
@@ -45,6 +52,7 @@ __all__ = [
     "RankError",
     "Reason",
     "Report",
+    "ReportedBreak",
     "ReportedNode",
     "Rules",
     "Schedule",

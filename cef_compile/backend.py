@@ -17,13 +17,16 @@ from cef_compile.decide import Decider
 from cef_compile.distributed import check_group, spelled, together
 from cef_compile.errors import RankError, UnsupportedNodeError
 from cef_compile.graph import (
-    NO_OWNER,
+    Break,
     Owner,
     Site,
-    find_owner,
+    compiled_module,
+    find_anchor,
+    find_break,
     find_sites,
-    parameter_name,
+    find_split,
     rewrite,
+    worth_saying,
 )
 from cef_compile.layers import Layers, node_bands
 from cef_compile.ops import Phase
@@ -37,7 +40,7 @@ from cef_compile.policy import (
     check_level,
     check_policy,
 )
-from cef_compile.report import Audit, Report
+from cef_compile.report import Audit, Report, ReportedBreak
 from cef_compile.runtime import FilteredGraph, Layer, ModelState, Switches
 
 DEFAULT_RECALL = 0.95
@@ -70,6 +73,7 @@ class Backend:
         self._states: list[ModelState] = []
         self._twins: dict[str, list[ModelState]] = {}
         self._models: WeakKeyDictionary[nn.Module, ModelState] = WeakKeyDictionary()
+        self._breaks: dict[ModelState, dict[Break, None]] = {}
         self._warned: set[Hashable] = set()
 
     def __call__(
@@ -98,12 +102,13 @@ class Backend:
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]
     ) -> Callable[..., Any]:
         sites = find_sites(gm)
-        anchor, local_name = _anchor(gm, example_inputs)
-        owner = NO_OWNER if anchor is None else find_owner(example_inputs[anchor], local_name)
+        anchor = find_anchor(gm, example_inputs)
+        owner = anchor.owner(anchor.of(example_inputs))
         try:
             layers, chosen = self._decide(sites, owner)
         except (UnsupportedNodeError, TypeError, ValueError) as error:
             raise inner_compilers.surfaced(error) from error
+        self._note_break(gm, owner, layers)
         self._warn(gm, sites, owner)
         if not chosen:
             return inner_compilers.compile_with(self._inner, gm, example_inputs, kwargs)
@@ -113,10 +118,10 @@ class Backend:
             self._inner, rewritten.module, rewritten.example_inputs, kwargs
         )
 
-        def find_layer(parameter: Tensor | None) -> Layer:
-            return layers.get(NO_OWNER if parameter is None else find_owner(parameter, local_name))
+        def find_layer(named: Any) -> Layer:
+            return layers.get(anchor.owner(named))
 
-        return FilteredGraph(compiled, rewritten.outputs, anchor, find_layer, self._switches)
+        return FilteredGraph(compiled, rewritten.outputs, anchor.of, find_layer, self._switches)
 
     @property
     def policy(self) -> PolicyLike:
@@ -127,7 +132,12 @@ class Backend:
     def report(self) -> Report:
         """What was found, decided and why, and what the last calls did. Synchronises."""
         nodes = [node.reported(state.name) for state in self._states for node in state.nodes]
-        return Report(repr(self.policy), nodes, self._unmatched())
+        breaks = [
+            ReportedBreak(state.name, found.place, found.reason, found.remedy)
+            for state in self._states
+            for found in worth_saying(self._breaks.get(state, ()))
+        ]
+        return Report(repr(self.policy), nodes, self._unmatched(), breaks)
 
     @contextmanager
     def audit(self) -> Iterator[Audit]:
@@ -292,6 +302,15 @@ class Backend:
             self._models[model] = state
         return state
 
+    def _note_break(self, gm: fx.GraphModule, owner: Owner, layers: Layers) -> None:
+        """Keep what a graph tells of the breaks of its model."""
+        around = compiled_module()
+        found = find_break(gm) or find_split(owner, around)
+        if found is not None:
+            model = owner.model if owner.prefix or around is None else around
+            state = layers.get(owner)[0] if model is None else self._model_state(model)
+            self._breaks.setdefault(state, {})[found] = None
+
     def _unmatched(self) -> list[str]:
         if not isinstance(self.policy, Rules):
             return []
@@ -303,8 +322,9 @@ class Backend:
         """Warn of a whole model without attention, and of rules that match nothing in it."""
         if isinstance(self.policy, NodePolicy):
             self._warn_of_differences(self.policy)
-        reason = getattr(gm, "compile_subgraph_reason", None)
-        if owner.prefix or getattr(reason, "graph_break", False):
+        around = compiled_module()
+        is_part = around is not None and owner.module is not around
+        if owner.prefix or is_part or find_break(gm) is not None:
             return  # only a part of the model: what is missing may be in another graph
         if not sites and not any(state.nodes for state in self._states):
             self._warn_once(
@@ -399,16 +419,6 @@ def _choose(sites: Sequence[Site], decisions: list[list[Decision]]) -> dict[Site
         if wanted:
             chosen[site] = wanted[0]
     return chosen
-
-
-def _anchor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[int | None, str]:
-    """Index and name of the first graph input that is a named parameter."""
-    for i, value in enumerate(example_inputs):
-        if isinstance(value, nn.Parameter):
-            name = parameter_name(gm, i)
-            if name:
-                return i, name
-    return None, ""
 
 
 def cef(

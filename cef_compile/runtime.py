@@ -1,8 +1,9 @@
 """Run time: which layer a compiled graph is called for, its numbers, and the shared threshold.
 
-A compiled graph may serve many layers and more than one model. Each call is told apart by a
-parameter among its inputs (the anchor); the numbers of that layer's nodes go in as inputs, and the
-histograms and measures that come out are kept for it. Nothing here synchronises with the device.
+A compiled graph may serve many layers and more than one model. Each call is told apart by its
+anchor, a parameter among its inputs or the module that is running; the numbers of that layer's
+nodes go in as inputs, and the histograms and measures that come out are kept for it. Nothing here
+synchronises with the device.
 """
 
 from __future__ import annotations
@@ -298,7 +299,7 @@ class FilteredGraph:
     Args:
         compiled: takes those inputs, then controls, then phases (see :mod:`cef_compile.graph`).
         outputs: number of outputs of the original.
-        anchor: index of the input that names the layer; None where no input is a parameter.
+        anchor_of: what names the layer of a call with these inputs; None where nothing does.
         find_layer: makes the layer for an anchor that was not seen before.
         switches: the backend's.
     """
@@ -307,13 +308,13 @@ class FilteredGraph:
         self,
         compiled: Callable[..., Sequence[Any]],
         outputs: int,
-        anchor: int | None,
-        find_layer: Callable[[Tensor | None], Layer],
+        anchor_of: Callable[[Sequence[Any]], Any],
+        find_layer: Callable[[Any], Layer],
         switches: Switches,
     ) -> None:
         self._compiled = compiled
         self._outputs = outputs
-        self._anchor = anchor
+        self._anchor_of = anchor_of
         self._find_layer = find_layer
         self._switches = switches
         self._layers: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -356,11 +357,11 @@ class FilteredGraph:
         return results[: self._outputs]
 
     def _layer(self, args: Sequence[Any]) -> Layer:
-        if self._anchor is None:
+        anchor = self._anchor_of(args)
+        if anchor is None:
             if self._only is None:
                 self._only = self._find_layer(None)
             return self._only
-        anchor = args[self._anchor]
         layer = self._layers.get(anchor)
         if layer is None:
             layer = self._layers[anchor] = self._find_layer(anchor)

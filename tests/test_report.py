@@ -28,7 +28,7 @@ class TestReport:
         report = Report("Balanced(recall=0.9)", [FILTERED, DENSE], ["oops.*"])
         plain = report.to_dict()
         back = json.loads(json.dumps(plain, allow_nan=False))
-        assert list(back) == ["policy", "nodes", "unmatched_rules"]
+        assert list(back) == ["policy", "nodes", "unmatched_rules", "breaks"]
         assert back["policy"] == "Balanced(recall=0.9)"
         assert back["unmatched_rules"] == ["oops.*"]
         for node, data in zip(report.nodes, back["nodes"], strict=True):
@@ -79,7 +79,8 @@ class TestReport:
 
     def test_no_node(self) -> None:
         assert "No attention node" in str(Report("p", []))
-        assert Report("p", []).to_dict() == {"policy": "p", "nodes": [], "unmatched_rules": []}
+        empty = {"policy": "p", "nodes": [], "unmatched_rules": [], "breaks": []}
+        assert Report("p", []).to_dict() == empty
 
 
 def audit_of(calls: list[tuple[float, ...]], **changes) -> Audit:

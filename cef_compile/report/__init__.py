@@ -3,7 +3,7 @@
 from cef_compile.report.audit import Audit, AuditedNode, AuditedPass
 from cef_compile.report.html import Table, write_html
 from cef_compile.report.ranks import GatheredAudit
-from cef_compile.report.summary import Report, ReportedNode
+from cef_compile.report.summary import Report, ReportedBreak, ReportedNode
 from cef_compile.report.tiles import TileMap, TilePanel
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "AuditedPass",
     "GatheredAudit",
     "Report",
+    "ReportedBreak",
     "ReportedNode",
     "Table",
     "TileMap",

@@ -1,8 +1,9 @@
 """A report and its audit as one piece of plain data: what ``report.json`` holds.
 
-``{"policy", "unmatched_rules", "mean", "passes", "nodes": [{..., "audit": {...} or None}], ...}``,
-and, where they are known, ``"environment"``, ``"tile_maps"`` and ``"page"``: what a page shows
-besides, ``{"title", "tables": [{"title", "header", "rows", "note"}], "frames": {caption: file}}``.
+``{"policy", "unmatched_rules", "breaks", "mean", "passes", "nodes": [{..., "audit": {...} or
+None}], ...}``, and, where they are known, ``"environment"``, ``"tile_maps"`` and ``"page"``: what a
+page shows besides, ``{"title", "tables": [{"title", "header", "rows", "note"}], "frames": {caption:
+file}}``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ AUDIT_FIELDS: Final[Mapping[str, tuple[type, ...]]] = {
     "recalls": (list, tuple),
     "densities": (list, tuple),
 }
+BREAK_FIELDS: Final[Mapping[str, tuple[type, ...]]] = dict.fromkeys(
+    ("model", "place", "reason", "remedy"), (str,)
+)
 PASS_FIELDS: Final[Mapping[str, tuple[type, ...]]] = {
     "model": (str,),
     "step": (str,),
@@ -44,6 +48,7 @@ PASS_FIELDS: Final[Mapping[str, tuple[type, ...]]] = {
 }
 RECORD_FIELDS: Final[Mapping[str, tuple[type, ...]]] = {
     "unmatched_rules": (list,),
+    "breaks": (list,),
     "passes": (list,),
     "tile_maps": (list,),
     "environment": (dict, type(None)),
@@ -103,6 +108,7 @@ def join(report: Mapping[str, Any], audit: Mapping[str, Any] | None) -> dict[str
         {
             "policy": report["policy"],
             "unmatched_rules": report["unmatched_rules"],
+            "breaks": report["breaks"],
             "mean": {name: audit[name] for name in ("recall", "density")} if audit else None,
             "passes": audit["passes"] if audit else [],
             "nodes": nodes,
@@ -131,15 +137,24 @@ def check(data: Any) -> dict[str, Any]:
         RecordError: something is missing or of the wrong type.
     """
     _fields(data, {"nodes": (list,), "policy": (str,)}, "the file")
-    record = {"unmatched_rules": [], "mean": None, "passes": [], "tile_maps": [], **data}
+    record = {
+        "unmatched_rules": [],
+        "breaks": [],
+        "mean": None,
+        "passes": [],
+        "tile_maps": [],
+        **data,
+    }
     record.setdefault("environment", None)
     _fields({"page": record.get("page", {})}, {"page": (dict,)}, "the file")
     record["page"] = {**PAGE, **record.get("page", {})}
     lists: dict[str, tuple[type, ...]] = dict.fromkeys(
-        ("unmatched_rules", "passes", "tile_maps"), (list,)
+        ("unmatched_rules", "breaks", "passes", "tile_maps"), (list,)
     )
     _fields(record, {**lists, "environment": (dict, type(None))}, "the file")
     _fields(record["page"], PAGE_FIELDS, "page")
+    for i, found in enumerate(record["breaks"]):
+        _fields(found, BREAK_FIELDS, f"breaks[{i}]")
     for i, table in enumerate(record["page"]["tables"]):
         _fields(table, TABLE_FIELDS, f"page.tables[{i}]")
     for i, tile_map in enumerate(record["tile_maps"]):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cef_compile.report.table import number, text_table
+from cef_compile.report.words import break_sentences
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,26 @@ class ReportedNode:
 
 
 @dataclass(frozen=True)
+class ReportedBreak:
+    """A place at which Dynamo could not go on with a model's graph.
+
+    Attention on both sides of it is seen, in graphs of their own; what Dynamo leaves to Python
+    between them is not.
+
+    Attributes:
+        model: as of :class:`ReportedNode`.
+        place: file, line and function.
+        reason: what Dynamo met there.
+        remedy: what may keep the graph whole.
+    """
+
+    model: str
+    place: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What a backend found in the graphs that it was given, what was decided, and why.
 
@@ -73,11 +94,13 @@ class Report:
         policy: the policy, as text.
         nodes: every attention node, in the order of the model.
         unmatched_rules: patterns of the policy that match no node.
+        breaks: where the graphs of a model were broken, and what may keep them whole.
     """
 
     policy: str
     nodes: Sequence[ReportedNode]
     unmatched_rules: Sequence[str] = ()
+    breaks: Sequence[ReportedBreak] = ()
 
     @property
     def filtered(self) -> list[ReportedNode]:
@@ -90,7 +113,7 @@ class Report:
         return [node for node in self.nodes if node.decision == "dense"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: ``policy``, ``nodes``, ``unmatched_rules``."""
+        """Plain data, ready for JSON: ``policy``, ``nodes``, ``unmatched_rules``, ``breaks``."""
         nodes = [
             {**asdict(node), "q_len": node.q_len, "kv_len": node.kv_len} for node in self.nodes
         ]
@@ -98,12 +121,14 @@ class Report:
             "policy": self.policy,
             "nodes": nodes,
             "unmatched_rules": list(self.unmatched_rules),
+            "breaks": [asdict(found) for found in self.breaks],
         }
 
     def __str__(self) -> str:
         """A summary, the reasons, and a table with a line for each node."""
+        breaks = break_sentences(self.to_dict()["breaks"])
         if not self.nodes:
-            return "No attention node seen yet: run the compiled model once."
+            return "\n".join(["No attention node seen yet: run the compiled model once.", *breaks])
         lines = [
             f"{len(self.nodes)} attention nodes: {len(self.filtered)} filtered,"
             f" {len(self.dense)} dense. Policy: {self.policy}"
@@ -113,6 +138,7 @@ class Report:
             for reason, count in Counter(node.reason for node in self.dense).most_common()
         ]
         lines += [f"  rule {pattern!r} matches no node" for pattern in self.unmatched_rules]
+        lines += [f"  {sentence}" for sentence in breaks]
         models = len({node.model for node in self.nodes}) > 1
         header = ["node", "kind", "form", "q x kv", "decision"]
         header += ["recall", "estimate", "density", "why"]

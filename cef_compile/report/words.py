@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -11,16 +11,33 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     """Paragraphs about a record, see :mod:`cef_compile.report.record`."""
     nodes = record["nodes"]
     if not nodes:
-        return ["No attention node was seen: run the compiled model once, then write the report."]
+        none = "No attention node was seen: run the compiled model once, then write the report."
+        return [none, *break_sentences(record["breaks"])]
     filtered = [node for node in nodes if node["decision"] == "filtered"]
     dense = [node for node in nodes if node["decision"] != "filtered"]
     text = [_decisions(len(nodes), len(filtered), record["policy"]), _reasons(dense)]
     if record["unmatched_rules"]:
         patterns = ", ".join(map(repr, record["unmatched_rules"]))
         text.append(f"Rules of the policy that match no node: {patterns}.")
+    text += break_sentences(record["breaks"])
     if filtered:
         text += _delivered(record, [node for node in filtered if node["audit"]])
     return [paragraph for paragraph in text if paragraph]
+
+
+def break_sentences(breaks: Sequence[Mapping[str, str]]) -> list[str]:
+    """Where graphs were broken, one paragraph for all places where Dynamo met the same."""
+    places: dict[tuple[str, str, str], list[str]] = {}
+    for found in breaks:
+        same = places.setdefault((found["model"], found["reason"], found["remedy"]), [])
+        if found["place"] not in same:
+            same.append(found["place"])
+    return [
+        f"The graph of {model} breaks at {where[0]}"
+        + (f", and at {len(where) - 1} more" if len(where) > 1 else "")
+        + f": {reason}. {remedy}"
+        for (model, reason, remedy), where in places.items()
+    ]
 
 
 def _decisions(count: int, filtered: int, policy: str) -> str:
