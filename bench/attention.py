@@ -200,7 +200,10 @@ def parts() -> Iterator[Row]:
             yield row(f"lists {rule}", shape, ms, base, of_dense=round(ms / base, 4))
         result = launch.planned(q, k, v, numbers, scale=scale)
         ms = median_ms(
-            lambda: audit(q, k, result.lse, numbers[3:], measures, scale=scale, rows=128)
+            lambda: audit(
+                q, k, v, result.out, result.lse, numbers[3:], measures, scale=scale,
+                rows=tuning.attend_rows, warps=tuning.attend_warps, stages=tuning.attend_stages,
+            )  # fmt: skip
         )
         yield row("audit", shape, ms, base, of_dense=round(ms / base, 4))
         listed = chosen()

@@ -141,9 +141,15 @@ def attention(
     if not return_stats:
         return out
     read = ops.Measures.of(measures)
-    interval = ops.interval_95(read.recall, read.stderr)
-    stats = AttentionStats(read.recall, interval, read.estimate, read.density, read.threshold)
-    return out, stats
+    return out, AttentionStats(
+        recall=read.recall,
+        interval=ops.interval_95(read.recall, read.stderr),
+        estimate=read.estimate,
+        density=read.density,
+        threshold=read.threshold,
+        error=read.error,
+        error_interval=ops.interval_95(read.error, read.error_stderr, math.inf),
+    )
 
 
 def _mismatch(node: AttentionNode) -> tuple[str, str] | None:

@@ -37,10 +37,10 @@ Z_95 = 1.959963984540054
 """Half width of a 95 % interval in standard errors."""
 
 
-def interval_95(recall: float, stderr: float) -> tuple[float, float]:
-    """95 % interval of a recall, within 0 and 1."""
+def interval_95(value: float, stderr: float, most: float = 1.0) -> tuple[float, float]:
+    """95 % interval of a number between 0 and ``most``."""
     half = Z_95 * stderr
-    return (max(recall - half, 0.0), min(recall + half, 1.0))
+    return (max(value - half, 0.0), min(value + half, most))
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class Measures:
         recall: audited recall; NaN where the call was not audited.
         stderr: standard error of ``recall``.
         threshold: share at which a tile is kept; NaN where the rule has none.
+        error: audited relative error of the output, ``||out - exact|| / ||exact||`` over the
+            sampled rows; NaN where the call was not audited.
+        error_stderr: standard error of ``error``.
     """
 
     density: float
@@ -60,6 +63,8 @@ class Measures:
     recall: float
     stderr: float
     threshold: float
+    error: float
+    error_stderr: float
 
     @classmethod
     def of(cls, measures: Tensor) -> Measures:
@@ -71,6 +76,8 @@ class Measures:
             recall=values[c.MEASURE_RECALL],
             stderr=values[c.MEASURE_STDERR],
             threshold=2.0 ** values[c.MEASURE_LOG2_THRESHOLD],
+            error=values[c.MEASURE_ERROR],
+            error_stderr=values[c.MEASURE_ERROR_STDERR],
         )
 
 
@@ -277,9 +284,10 @@ def _attention(
         "scale": scale,
         "key_mask": _key_mask(attn_mask, q, k),
         "rule": rule,
+        "audited": phase == Phase.AUDITED,
     }
     if filter == "planned":
-        options |= {"compensate": compensate, "audited": phase == Phase.AUDITED}
+        options |= {"compensate": compensate}
     else:
         options |= {"certify": certify}
     result = getattr(_kernels(q), filter)(q, k, v, control, **options)

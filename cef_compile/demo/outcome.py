@@ -15,7 +15,7 @@ from cef_compile.demo.settings import Settings
 from cef_compile.report.environment import describe
 from cef_compile.report.record import finite, join
 from cef_compile.report.saved import write_page
-from cef_compile.report.table import number, text_table
+from cef_compile.report.table import number, span, text_table
 
 CPU_NOTE: Final = """\
 NOTE: this ran on a CPU, where the filter is a PyTorch reference, made to be read and checked.
@@ -139,8 +139,8 @@ class Outcome:
         for node in self.record["nodes"]:
             row = [f"{node['path']}#{node['ordinal']}", node["kind"], str(node["kv_len"])]
             if audit := node["audit"]:
-                interval = " .. ".join(map(number, audit["interval"]))
-                row += ["filtered", number(audit["recall"]), interval, number(audit["density"])]
+                recall, density = number(audit["recall"]), number(audit["density"])
+                row += ["filtered", recall, span(audit["interval"]), density]
             else:
                 row += [f"dense: {node['reason']}", "", "", ""]
             rows.append(row)

@@ -1,8 +1,6 @@
-"""The audit: achieved recall on sampled query tiles, from exact energies of all their keys."""
+"""The audit: achieved recall and error on sampled query tiles, from attention to all their keys."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -11,13 +9,16 @@ from torch import Tensor
 
 from cef_compile.kernels import config as c
 
-_LN2 = tl.constexpr(math.log(2.0))
 _DRAW_BITS = tl.constexpr(c.AUDIT_DRAW_BITS)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _WARPS = 4
 _TARGET_PROGRAMS = 1024
 """Programs wanted: a sampled tile's keys are split so that few samples still fill the device."""
 _MAX_SPLITS = 32
+_COMPARED_ROWS = 32
+"""Rows compared in one step: an accumulator of them fits the registers at any head_dim."""
+_SUMS = 4
+"""Sums of a sample: of recalls, rows, squared errors, squares of the exact output."""
 _MEAN_BLOCK = 256
 """Samples summed in one step of the last kernel."""
 
@@ -25,40 +26,52 @@ _MEAN_BLOCK = 256
 def audit(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
+    out: Tensor,
     lse: Tensor,
     seed: Tensor,
     measures: Tensor,
     *,
     scale: float,
     key_mask: Tensor | None = None,
+    recall: bool = True,
     rows: int,
+    warps: int,
+    stages: int,
 ) -> None:
-    """Write achieved recall and its standard error into ``measures``.
+    """Write achieved recall, error and their standard errors into ``measures``.
 
     Args:
-        q: ``[B, H, q_len, D]``; k ``[B, Hk, kv_len, D]``; any strides.
+        q: ``[B, H, q_len, D]``; k ``[B, Hk, kv_len, D]``; v ``[B, Hk, kv_len, Dv]``; any strides.
+        out: the output that was delivered, ``[B, H, q_len, Dv]``; its last stride is 1.
         lse: float32 ``[B, H, q_len]``, log of the kept energy of each row.
         seed: number whose hash draws the sample (:func:`~cef_compile.kernels.config.audit_tiles`).
         measures: float32 ``[MEASURE_SIZE]``.
         scale: factor of the scores.
         key_mask: bool ``[B or 1, kv_len]``, any strides.
-        rows: rows of a program; a sampled query tile is shared by ``BLOCK_M / rows`` of them.
+        recall: whether to write the recall and its standard error too.
+        rows, warps, stages: of each program; a sampled query tile is shared by ``BLOCK_M / rows``
+            of them.
     """
     batch, heads, q_len, dim = q.shape
-    kv_len, key_heads = k.shape[2], k.shape[1]
+    key_heads, kv_len, value_dim = k.shape[1], k.shape[2], v.shape[3]
     n_m, n_n = c.tiles(q_len, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
     total = batch * heads * n_m
-    samples = c.audit_samples(total)
+    samples = c.audit_samples(total, n_n)
     splits = max(1, min(_MAX_SPLITS, n_n, _TARGET_PROGRAMS // max(samples, 1)))
-    parts = torch.empty(samples, splits, c.BLOCK_M, device=q.device)
-    sums = torch.empty(2, samples, device=q.device)
+    energies = torch.empty(samples, splits, c.BLOCK_M, device=q.device)
+    means = torch.empty(samples, splits, c.BLOCK_M, value_dim, device=q.device)
+    sums = torch.empty(_SUMS, samples, device=q.device)
+    block_dv = c.padded_dim(value_dim)
     if samples:
-        _energies[(splits, samples, c.BLOCK_M // rows)](
+        _attend_all[(splits, samples, c.BLOCK_M // rows)](
             q,
             k,
+            v,
             k if key_mask is None else key_mask,
             seed,
-            parts,
+            energies,
+            means,
             total,
             q_len,
             kv_len,
@@ -69,28 +82,39 @@ def audit(
             scale,
             *q.stride(),
             *k.stride(),
+            *v.stride(),
             0 if key_mask is None or key_mask.shape[0] == 1 else key_mask.stride(0),
             0 if key_mask is None else key_mask.stride(1),
             DIM=dim,
+            VALUE_DIM=value_dim,
             BLOCK_D=c.padded_dim(dim),
+            BLOCK_DV=block_dv,
             BLOCK_M=c.BLOCK_M,
             ROWS=rows,
             BLOCK_N=c.BLOCK_N,
             HAS_MASK=key_mask is not None,
             PRECISION=c.DOT_PRECISION if q.dtype == torch.float32 else None,
-            num_warps=_WARPS,
+            STAGES=stages,
+            num_warps=warps,
         )
-        _recalls[(samples,)](
+        _compare[(samples,)](
+            out,
             lse,
-            parts,
+            energies,
+            means,
             seed,
             sums,
             total,
             q_len,
             n_m,
+            heads,
             splits,
             samples,
+            *out.stride()[:3],
+            VALUE_DIM=value_dim,
+            BLOCK_DV=block_dv,
             BLOCK_M=c.BLOCK_M,
+            ROWS=_COMPARED_ROWS,
             SPLITS=triton.next_power_of_2(splits),
             num_warps=_WARPS,
         )
@@ -99,8 +123,11 @@ def audit(
         measures,
         samples,
         1 - samples / total if total else 0.0,
+        WRITE_RECALL=recall,
         RECALL=c.MEASURE_RECALL,
         STDERR=c.MEASURE_STDERR,
+        ERROR=c.MEASURE_ERROR,
+        ERROR_STDERR=c.MEASURE_ERROR_STDERR,
         BLOCK=_MEAN_BLOCK,
         num_warps=_WARPS,
     )
@@ -129,12 +156,14 @@ def _pick(seed, sample, samples, total):
         "heads_per_key_head",
     ]
 )
-def _energies(
+def _attend_all(
     q,
     k,
+    v,
     key_mask,
     seed,
-    parts,
+    energies,
+    means,
     total_tiles,
     q_len,
     kv_len,
@@ -151,17 +180,27 @@ def _energies(
     k_h,
     k_l,
     k_d,
+    v_b,
+    v_h,
+    v_l,
+    v_d,
     mask_b,
     mask_l,
     DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One program per (part of the keys, sample, part of its rows): log2 of the energy, by row."""
+    """One program per (part of the keys, sample, part of its rows): what these keys give each row.
+
+    That is the log2 of their energy, and the mean of their values by it.
+    """
     split, sample = tl.program_id(0), tl.program_id(1)
     splits = tl.num_programs(0)
     pick = _pick(seed, sample, tl.num_programs(1), total_tiles)
@@ -170,64 +209,109 @@ def _energies(
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     at = (pick % n_m) * BLOCK_M + row
     dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)
     within = tl.arange(0, BLOCK_N)
     q += batch * q_b + head * q_h
     k += batch * k_b + head // heads_per_key_head * k_h
+    v += batch * v_b + head // heads_per_key_head * v_h
     used = (at < q_len)[:, None] & (dims < DIM)[None, :]
     rows = tl.load(q + at[:, None] * q_l + dims[None, :] * q_d, mask=used, other=0.0)
     scale2 = scale * _LOG2E
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     begin = (split.to(tl.int64) * n_n // splits).to(tl.int32)
     end = ((split + 1).to(tl.int64) * n_n // splits).to(tl.int32)
-    for step in tl.range(begin, end, num_stages=3):
+    for step in tl.range(begin, end, num_stages=STAGES):
         key = step * BLOCK_N + within
         seen = key < kv_len
         if HAS_MASK:
             hidden = batch * mask_b + key.to(tl.int64) * mask_l
             seen = seen & (tl.load(key_mask + hidden, mask=seen, other=0) != 0)
-        place = k + key.to(tl.int64)[:, None] * k_l + dims.to(tl.int64)[None, :] * k_d
+        row_at = key.to(tl.int64)[:, None]
+        place = k + row_at * k_l + dims.to(tl.int64)[None, :] * k_d
         keys = tl.load(place, mask=seen[:, None] & (dims < DIM)[None, :], other=0.0)
+        place = v + row_at * v_l + value_dims.to(tl.int64)[None, :] * v_d
+        inside = seen[:, None] & (value_dims < VALUE_DIM)[None, :]
+        values = tl.load(place, mask=inside, other=0.0)
         score = tl.dot(rows, keys.T, input_precision=PRECISION)
         score = tl.where(seen[None, :], score * scale2, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - anchor) + tl.sum(tl.exp2(score - anchor[:, None]), 1)
+        shrink = tl.exp2(top - anchor)
+        weight = tl.exp2(score - anchor[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
         top = new_top
-    to = (sample * splits + split) * BLOCK_M + row
-    tl.store(parts + to, top + tl.log2(total))
+    to = (sample.to(tl.int64) * splits + split) * BLOCK_M + row
+    tl.store(energies + to, top + tl.log2(total))
+    mean = acc / tl.where(total == 0, 1.0, total)[:, None]
+    place = means + to[:, None] * VALUE_DIM + value_dims[None, :]
+    tl.store(place, mean, mask=(value_dims < VALUE_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["total_tiles", "q_len", "n_m", "splits", "samples"])
-def _recalls(
+@triton.jit(do_not_specialize=["total_tiles", "q_len", "n_m", "heads", "splits", "samples"])
+def _compare(
+    out,
     lse,
-    parts,
+    energies,
+    means,
     seed,
     sums,
     total_tiles,
     q_len,
     n_m,
+    heads,
     splits,
     samples,
+    out_b,
+    out_h,
+    out_l,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One program per sample: sum of the recalls of its rows that see a key, and their number."""
+    """One program per sample: what was delivered to its rows, beside all parts of the keys."""
     sample = tl.program_id(0)
     pick = _pick(seed, sample, samples, total_tiles)
-    row = tl.arange(0, BLOCK_M)
     split = tl.arange(0, SPLITS)
-    place = (sample * splits + split)[:, None] * BLOCK_M + row[None, :]
-    part = tl.load(parts + place, mask=(split < splits)[:, None], other=float("-inf"))
-    top = tl.max(part, 0)
-    anchor = tl.where(top == float("-inf"), 0.0, top)
-    full = top + tl.log2(tl.sum(tl.exp2(part - anchor[None, :]), 0))
-    at = pick % n_m * BLOCK_M + row
-    mine = tl.load(lse + pick // n_m * q_len + at, mask=at < q_len, other=0.0) * _LOG2E
-    visible = (at < q_len) & (full != float("-inf"))
-    recall = tl.where(visible, tl.exp2(mine - full), 0.0)
-    tl.store(sums + sample, tl.sum(recall, 0))
-    tl.store(sums + samples + sample, tl.sum(visible.to(tl.float32), 0))
+    dims = tl.arange(0, BLOCK_DV)
+    out += pick // (heads * n_m) * out_b + pick // n_m % heads * out_h
+    first_part = sample.to(tl.int64) * splits
+    recall = 0.0
+    number = 0.0
+    wrong = 0.0
+    size = 0.0
+    for first in range(0, BLOCK_M, ROWS):
+        row = first + tl.arange(0, ROWS)
+        place = (first_part + split)[:, None] * BLOCK_M + row[None, :]
+        part = tl.load(energies + place, mask=(split < splits)[:, None], other=float("-inf"))
+        top = tl.max(part, 0)
+        anchor = tl.where(top == float("-inf"), 0.0, top)
+        full = top + tl.log2(tl.sum(tl.exp2(part - anchor[None, :]), 0))
+        at = pick % n_m * BLOCK_M + row
+        visible = (at < q_len) & (full != float("-inf"))
+        mine = tl.load(lse + pick // n_m * q_len + at, mask=at < q_len, other=0.0) * _LOG2E
+        recall += tl.sum(tl.where(visible, tl.exp2(mine - full), 0.0), 0)
+        number += tl.sum(visible.to(tl.float32), 0)
+        exact = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+        inside = visible[:, None] & (dims < VALUE_DIM)[None, :]
+        for i in range(0, splits):
+            to = (first_part + i) * BLOCK_M + row
+            weight = tl.exp2(tl.load(energies + to) - full)
+            mean = tl.load(means + to[:, None] * VALUE_DIM + dims[None, :], mask=inside, other=0.0)
+            exact += weight[:, None] * mean
+        delivered = tl.load(out + at[:, None] * out_l + dims[None, :], mask=inside, other=0.0)
+        off = tl.where(inside, delivered.to(tl.float32) - exact, 0.0)
+        wrong += tl.sum(off * off)
+        size += tl.sum(tl.where(inside, exact * exact, 0.0))
+    tl.store(sums + sample, recall)
+    tl.store(sums + samples + sample, number)
+    tl.store(sums + 2 * samples + sample, wrong)
+    tl.store(sums + 3 * samples + sample, size)
 
 
 @triton.jit(do_not_specialize=["samples"])
@@ -236,16 +320,21 @@ def _mean(
     measures,
     samples,
     unseen,
+    WRITE_RECALL: tl.constexpr,
     RECALL: tl.constexpr,
     STDERR: tl.constexpr,
+    ERROR: tl.constexpr,
+    ERROR_STDERR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: mean over rows, and its standard error from the spread between query tiles."""
+    """One program: means over rows, and standard errors from the spread between query tiles."""
     at = tl.arange(0, BLOCK)
     recall = 0.0
     rows = 0.0
     tiles = 0.0
     tile_mean = 0.0
+    wrong = 0.0
+    size = 0.0
     for start in range(0, samples, BLOCK):
         inside = start + at < samples
         summed = tl.load(sums + start + at, mask=inside, other=0.0)
@@ -254,15 +343,30 @@ def _mean(
         rows += tl.sum(number, 0)
         tiles += tl.sum((number > 0).to(tl.float32), 0)
         tile_mean += tl.sum(summed / tl.maximum(number, 1.0), 0)
+        wrong += tl.sum(tl.load(sums + 2 * samples + start + at, mask=inside, other=0.0), 0)
+        size += tl.sum(tl.load(sums + 3 * samples + start + at, mask=inside, other=0.0), 0)
     tile_mean = tile_mean / tl.maximum(tiles, 1.0)
+    # Of the error it is the square that is a ratio of two sums.
+    ratio = tl.where(wrong == 0, 0.0, wrong / size)
     spread = 0.0
+    ratio_spread = 0.0
     for start in range(0, samples, BLOCK):
         inside = start + at < samples
         summed = tl.load(sums + start + at, mask=inside, other=0.0)
         number = tl.load(sums + samples + start + at, mask=inside, other=0.0)
         off = tl.where(number > 0, summed / tl.maximum(number, 1.0) - tile_mean, 0.0)
         spread += tl.sum(off * off, 0)
-    variance = spread / tl.maximum(tiles - 1.0, 1.0)
-    stderr = tl.sqrt(variance * unseen / tl.maximum(tiles, 1.0))
-    tl.store(measures + RECALL, tl.where(rows > 0, recall / tl.maximum(rows, 1.0), 1.0))
-    tl.store(measures + STDERR, stderr)
+        squared = tl.load(sums + 2 * samples + start + at, mask=inside, other=0.0)
+        norm = tl.load(sums + 3 * samples + start + at, mask=inside, other=0.0)
+        # In shares of the whole, whose squares stay within float32.
+        off = tl.where(inside, squared - ratio * norm, 0.0) / size
+        ratio_spread += tl.sum(off * off, 0)
+    free = tl.maximum(tiles - 1.0, 1.0)
+    if WRITE_RECALL:
+        stderr = tl.sqrt(spread / free * unseen / tl.maximum(tiles, 1.0))
+        tl.store(measures + RECALL, tl.where(rows > 0, recall / tl.maximum(rows, 1.0), 1.0))
+        tl.store(measures + STDERR, stderr)
+    error = tl.sqrt(ratio)
+    error_stderr = tl.sqrt(ratio_spread / free * unseen * tiles) / (2 * error)
+    tl.store(measures + ERROR, error)
+    tl.store(measures + ERROR_STDERR, tl.where(error == 0, 0.0, error_stderr))

@@ -65,12 +65,23 @@ MEASURE_STDERR: Final = 3
 """measures[3]: standard error of measures[2]."""
 MEASURE_LOG2_THRESHOLD: Final = 4
 """measures[4]: log2 of the threshold that was applied (NaN where a rule has none)."""
-MEASURE_SIZE: Final = 5
+MEASURE_ERROR: Final = 5
+"""measures[5]: audited error of the output, ||out - exact|| / ||exact||; NaN if not audited."""
+MEASURE_ERROR_STDERR: Final = 6
+"""measures[6]: standard error of measures[5]."""
+MEASURE_SIZE: Final = 7
 
-AUDIT_FRACTION: Final = 0.01
-"""Share of the query tiles whose exact energies an audit computes."""
+AUDIT_FRACTION: Final = 0.005
+"""Share of the query tiles whose exact attention an audit computes: its share of dense work."""
 AUDIT_MIN_TILES: Final = 64
-"""No fewer query tiles than this, so that the interval means something on a small node."""
+"""No fewer query tiles than this, so that the interval of one call means something ..."""
+AUDIT_MAX_FRACTION: Final = 0.01
+"""... but for them no more than this share of dense work."""
+AUDIT_SMALL_PAIRS: Final = 1920
+"""Tile pairs that are looked at whatever share of a node they are: 2 % of three heads of 16,384
+tokens, some microseconds of a GPU, and the whole of one head of 3,900 tokens."""
+AUDIT_LEAST_TILES: Final = 2
+"""A spread needs two."""
 AUDIT_DRAW_BITS: Final = 16
 """Resolution of a draw: finer than any part has tiles, and small enough for 64-bit products."""
 
@@ -154,9 +165,14 @@ def threshold_bin(energy: Tensor, recall: Tensor) -> Tensor:
     return torch.where(recall >= 1, torch.zeros_like(steps_down), TOP_BIN - steps_down)
 
 
-def audit_samples(total: int) -> int:
-    """How many of a node's ``total`` query tiles an audit looks at."""
-    return min(total, max(AUDIT_MIN_TILES, round(total * AUDIT_FRACTION)))
+def audit_samples(total: int, kv_tiles: int) -> int:
+    """How many of a node's ``total`` query tiles an audit looks at, each with ``kv_tiles``.
+
+    From three heads of 16,384 tokens on they are 2 % of dense work at most.
+    """
+    cheap = max(int(total * AUDIT_MAX_FRACTION), AUDIT_SMALL_PAIRS // max(kv_tiles, 1))
+    wanted = max(round(total * AUDIT_FRACTION), min(AUDIT_MIN_TILES, cheap), AUDIT_LEAST_TILES)
+    return min(total, wanted)
 
 
 def audit_tiles(total: int, samples: int, seed: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def planned(
         key_mask: bool ``[B or 1, kv_len]``, true where a key takes part; any strides.
         rule: one of ``PLANNED_RULES``.
         compensate: put dropped tiles back as pseudo-tokens.
-        audited: measure the achieved recall on a sample of query tiles.
+        audited: measure achieved recall and error on a sample of query tiles.
 
     Raises:
         ValueError: for inputs outside these limits.
@@ -143,16 +143,7 @@ def planned(
         stages=tuning.attend_stages,
     )
     if audited:
-        audit(
-            q,
-            k,
-            lse,
-            control[c.CONTROL_SEED],
-            measures,
-            scale=scale,
-            key_mask=key_mask,
-            rows=tuning.attend_rows,
-        )
+        _audit(q, k, v, out, lse, control, measures, tuning, scale, key_mask)
     return Output(out, lse, curve, measures, listed.index, listed.count[0])
 
 
@@ -178,8 +169,8 @@ def online(
         certify: one of ``CERTIFICATES``.
         bound: judge a tile by ``n_j * exp(its maximum)`` instead of its exact energy; the ledger
             is then a lower bound of the recall.
-        audited: measure the achieved recall on a sample of query tiles, where the ledger does not
-            know it exactly.
+        audited: measure the error on a sample of query tiles, and where the ledger holds bounds
+            the achieved recall too.
 
     Raises:
         ValueError: for inputs outside these limits.
@@ -206,19 +197,41 @@ def online(
         eager_stages=tuning.online_eager_stages,
         stages=tuning.online_stages,
     )
-    if audited and bound:
-        audit(
-            q,
-            k,
-            lse,
-            control[c.CONTROL_SEED],
-            measures,
-            scale=scale,
-            key_mask=key_mask,
-            rows=tuning.attend_rows,
-        )
+    if audited:
+        _audit(q, k, v, out, lse, control, measures, tuning, scale, key_mask, recall=bound)
     curve = torch.zeros(2, c.RANK_BINS, device=q.device)
     return Output(out, lse, curve, measures, None, kept, recall)
+
+
+def _audit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    control: Tensor,
+    measures: Tensor,
+    tuning: Tuning,
+    scale: float,
+    key_mask: Tensor | None,
+    recall: bool = True,
+) -> None:
+    """What is computed is attention to every key: launched as attention is."""
+    audit(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        control[c.CONTROL_SEED],
+        measures,
+        scale=scale,
+        key_mask=key_mask,
+        recall=recall,
+        rows=tuning.attend_rows,
+        warps=tuning.attend_warps,
+        stages=tuning.attend_stages,
+    )
 
 
 def _check(

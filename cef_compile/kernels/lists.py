@@ -67,6 +67,8 @@ def threshold(histogram: Tensor, control: Tensor) -> tuple[Tensor, Tensor, Tenso
         ESTIMATE=c.MEASURE_ESTIMATE,
         RECALL=c.MEASURE_RECALL,
         STDERR=c.MEASURE_STDERR,
+        ERROR=c.MEASURE_ERROR,
+        ERROR_STDERR=c.MEASURE_ERROR_STDERR,
         APPLIED=c.MEASURE_LOG2_THRESHOLD,
         num_warps=_WARPS,
     )
@@ -168,6 +170,8 @@ def _threshold(
     ESTIMATE: tl.constexpr,
     RECALL: tl.constexpr,
     STDERR: tl.constexpr,
+    ERROR: tl.constexpr,
+    ERROR_STDERR: tl.constexpr,
     APPLIED: tl.constexpr,
 ):
     """One program. Sums are of integers, so that no rounding decides which bin is reached."""
@@ -197,6 +201,8 @@ def _threshold(
     tl.store(measures + ESTIMATE, estimate.to(tl.float32))
     tl.store(measures + RECALL, float("nan"))
     tl.store(measures + STDERR, float("nan"))
+    tl.store(measures + ERROR, float("nan"))
+    tl.store(measures + ERROR_STDERR, float("nan"))
     tl.store(measures + APPLIED, bin_.to(tl.float32) / BINS_PER_OCTAVE - OCTAVES)
 
 

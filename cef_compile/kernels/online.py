@@ -133,6 +133,8 @@ def online(
         ESTIMATE=c.MEASURE_ESTIMATE,
         RECALL=c.MEASURE_RECALL,
         STDERR=c.MEASURE_STDERR,
+        ERROR=c.MEASURE_ERROR,
+        ERROR_STDERR=c.MEASURE_ERROR_STDERR,
         APPLIED=c.MEASURE_LOG2_THRESHOLD,
         num_warps=_WARPS,
     )
@@ -483,6 +485,8 @@ def _measure(
     ESTIMATE: tl.constexpr,
     RECALL: tl.constexpr,
     STDERR: tl.constexpr,
+    ERROR: tl.constexpr,
+    ERROR_STDERR: tl.constexpr,
     APPLIED: tl.constexpr,
 ):
     """One program: the measures from the sums over all query tiles."""
@@ -499,4 +503,6 @@ def _measure(
     # The ledger is exact, unless it holds bounds.
     tl.store(measures + RECALL, float("nan") if BOUND else recall)
     tl.store(measures + STDERR, float("nan") if BOUND else 0.0)
+    tl.store(measures + ERROR, float("nan"))
+    tl.store(measures + ERROR_STDERR, float("nan"))
     tl.store(measures + APPLIED, applied)

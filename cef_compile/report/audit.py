@@ -1,18 +1,23 @@
-"""The audit: recall as it was delivered, from exact energies of a sample of query tiles."""
+"""The audit: recall and error as they were delivered, from exact attention of a sample."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from cef_compile.ops import Measures, interval_95
 from cef_compile.policy import AttentionNode, Decision
-from cef_compile.report.table import number, text_table
+from cef_compile.report.table import number, span, text_table
+
+MEANS: Final = ("recall", "error", "density")
+"""What an audit has a mean of, over its nodes."""
+ERROR_DIGITS: Final = 4
+"""Errors are small numbers: digits in tables."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,16 @@ class AuditedNode:
         target: the recall that was wanted of the node, or of its group on average.
         recall: achieved recall, mean over the calls.
         interval: its 95 % interval.
+        error: relative error of the attention output against exact attention,
+            ``||out - exact|| / ||exact||`` over the sampled rows, mean over the calls.
+        error_interval: its 95 % interval.
         estimate: recall by the filter's own account, mean over the calls.
         density: kept tiles / visible tiles, mean over the calls.
         threshold: share at which a tile was kept in the last call; None where the rule has none.
         calls: number of calls.
-        recalls, densities: of each call.
-        stderrs: standard error of each call's recall; 0 where every query tile was looked at.
+        recalls, densities, errors: of each call.
+        stderrs, error_stderrs: standard error of each call's recall and error; 0 where every query
+            tile was looked at.
         passes: which forward pass each call belongs to, an index into :attr:`Audit.passes`.
     """
 
@@ -39,6 +48,8 @@ class AuditedNode:
     target: float
     recall: float
     interval: tuple[float, float]
+    error: float
+    error_interval: tuple[float, float]
     estimate: float
     density: float
     threshold: float | None
@@ -46,6 +57,8 @@ class AuditedNode:
     recalls: tuple[float, ...]
     densities: tuple[float, ...]
     stderrs: tuple[float, ...]
+    errors: tuple[float, ...]
+    error_stderrs: tuple[float, ...]
     passes: tuple[int, ...]
 
 
@@ -157,22 +170,23 @@ class Audit:
     @property
     def recall(self) -> float:
         """Recall of the model: mean over its nodes; NaN where nothing was audited."""
-        nodes = self.nodes
-        return math.fsum(node.recall for node in nodes) / len(nodes) if nodes else math.nan
+        return _mean([node.recall for node in self.nodes])
+
+    @property
+    def error(self) -> float:
+        """Relative error of the attention output: mean over the nodes; NaN as for recall."""
+        return _mean([node.error for node in self.nodes])
 
     @property
     def density(self) -> float:
         """Density of the model: mean over its nodes; NaN where nothing was audited."""
-        nodes = self.nodes
-        return math.fsum(node.density for node in nodes) / len(nodes) if nodes else math.nan
+        return _mean([node.density for node in self.nodes])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: ``recall``, ``density``, ``passes`` and ``nodes``."""
+        """Plain data, ready for JSON: ``recall``, ``error``, ``density``, ``passes``, ``nodes``."""
         nodes = self.nodes
-        count = len(nodes) or math.nan
         return {
-            "recall": math.fsum(node.recall for node in nodes) / count,
-            "density": math.fsum(node.density for node in nodes) / count,
+            **{name: _mean([getattr(node, name) for node in nodes]) for name in MEANS},
             "passes": [asdict(pass_) for pass_ in self.passes],
             "nodes": [asdict(node) for node in nodes],
         }
@@ -187,40 +201,54 @@ class Audit:
                 f"{node.path or '(unnamed)'}#{node.ordinal}",
                 number(node.target),
                 number(node.recall),
-                f"{node.interval[0]:.3f} .. {node.interval[1]:.3f}",
+                span(node.interval),
+                number(node.error, ERROR_DIGITS),
+                span(node.error_interval, ERROR_DIGITS),
                 number(node.density),
                 str(node.calls),
             ]
             for node in nodes
         ]
-        header = ["node", "target", "recall", "95 % interval", "density", "calls"]
-        return (
-            f"{text_table(header, rows)}\nmean recall {self.recall:.4f}, density {self.density:.4f}"
-        )
+        header = ["node", "target", "recall", "95 % interval", "error", "95 % interval"]
+        header += ["density", "calls"]
+        means = {name: _mean([getattr(node, name) for node in nodes]) for name in MEANS}
+        mean = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+        return f"{text_table(header, rows)}\nmean {mean}"
 
     def _summarise(self, key: tuple[Hashable, str, int], calls: list[Call]) -> AuditedNode:
         model, path, ordinal = key
         stacked = torch.stack([call.measures for call in calls]).cpu()
         read = [Measures.of(row) for row in stacked]
-        count = len(read)
-        recall = math.fsum(m.recall for m in read) / count
-        stderr = math.sqrt(math.fsum(m.stderr**2 for m in read)) / count
         target = calls[-1].decision.recall
         assert target is not None, "only filtered nodes are audited"
         threshold = read[-1].threshold
+        recall, error = (_mean([getattr(m, name) for m in read]) for name in ("recall", "error"))
         return AuditedNode(
             model=str(model),
             path=path,
             ordinal=ordinal,
             target=target,
             recall=recall,
-            interval=interval_95(recall, stderr),
-            estimate=math.fsum(m.estimate for m in read) / count,
-            density=math.fsum(m.density for m in read) / count,
+            interval=interval_95(recall, _stderr([m.stderr for m in read])),
+            error=error,
+            error_interval=interval_95(error, _stderr([m.error_stderr for m in read]), math.inf),
+            estimate=_mean([m.estimate for m in read]),
+            density=_mean([m.density for m in read]),
             threshold=None if math.isnan(threshold) else threshold,
-            calls=count,
+            calls=len(read),
             recalls=tuple(m.recall for m in read),
             densities=tuple(m.density for m in read),
             stderrs=tuple(m.stderr for m in read),
+            errors=tuple(m.error for m in read),
+            error_stderrs=tuple(m.error_stderr for m in read),
             passes=tuple(call.pass_ for call in calls),
         )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _stderr(values: Sequence[float]) -> float:
+    """Of the mean of independent samples with these standard errors."""
+    return math.sqrt(math.fsum(value**2 for value in values)) / len(values)

@@ -26,5 +26,10 @@ def number(value: float | None, digits: int = 3) -> str:
     return "" if value is None or value != value else f"{value:.{digits}f}"
 
 
+def span(interval: Sequence[float], digits: int = 3) -> str:
+    """An interval as it stands in a table."""
+    return " .. ".join(number(end, digits) for end in interval)
+
+
 def _is_number(cell: str) -> bool:
     return not cell or cell[0] in "-0123456789"

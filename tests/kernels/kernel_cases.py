@@ -5,14 +5,18 @@ The same tests run on a GPU (``-m gpu``) and, where there is none, in Triton's i
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from support import Case, Inputs, cases
+from support import Case, Inputs, cases, oracle
 from torch import Tensor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels import launch
+from cef_compile.kernels import reference as ref
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -109,6 +113,43 @@ def low_precision(x: Inputs, seen: Tensor) -> Tensor:
     return (weights.to(x.q.dtype).float() @ v.float()).to(x.q.dtype)
 
 
+def assert_audit(got: launch.Output, x: Inputs, seed: int) -> ref.Audited:
+    """A kernel's audit is the reference's in float64, of the same output.
+
+    Args:
+        got: what the kernels returned.
+        x: its inputs, on the CPU.
+        seed: of the sample.
+
+    Returns:
+        the reference's audit.
+    """
+    y = x.to(torch.float64)
+    out, lse = got.out.cpu().double(), got.lse.cpu().double()
+    wanted = ref.audit(y.q, y.k, y.v, out, lse, torch.tensor(seed), **y.options)
+    recall, stderr, error, error_stderr = got.measures.cpu()[
+        [c.MEASURE_RECALL, c.MEASURE_STDERR, c.MEASURE_ERROR, c.MEASURE_ERROR_STDERR]
+    ].tolist()
+    dense = oracle(x)
+    rounding = float(dense.rounding.max()) if x.q.numel() else 0.0
+    assert recall == pytest.approx(wanted.recall.item(), abs=rounding + 1e-6)
+    assert stderr == pytest.approx(wanted.stderr.item(), abs=rounding + 1e-6)
+    # The exact output is computed as attention is: its weights are rounded to the inputs' dtype,
+    # which moves a mean of values by that much of their size (as in assert_output).
+    largest = float(x.v.nan_to_num(nan=0.0).abs().max()) if x.v.numel() else 0.0
+    rows = math.prod(x.q.shape[:3])
+    size = float(torch.where((dense.lse == -torch.inf)[..., None], 0, dense.out).norm())
+    moved = (rounding + torch.finfo(x.q.dtype).eps) * largest * math.sqrt(rows * x.v.shape[3])
+    if size > 0:
+        assert error == pytest.approx(wanted.error.item(), rel=1e-5, abs=moved / size)
+        assert error_stderr == pytest.approx(
+            wanted.error_stderr.item(), rel=1e-2, abs=2 * moved / size
+        )
+    else:
+        assert error == wanted.error.item() == 0
+    return wanted
+
+
 def tie_margin(x: Inputs) -> float:
     """By how many bins a rank may differ from the formula's: centroids are stored in x's dtype.
 
@@ -135,6 +176,7 @@ __all__ = [
     "MARKS",
     "ON_GPU",
     "Case",
+    "assert_audit",
     "laid_out",
     "listed",
     "low_precision",

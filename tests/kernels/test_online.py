@@ -13,6 +13,7 @@ from kernel_cases import (
     KERNEL_CASES,
     LAYOUTS,
     MARKS,
+    assert_audit,
     laid_out,
     on_cpu,
     on_device,
@@ -149,14 +150,23 @@ def test_nan_row_stays_alone() -> None:
     assert got.measures[c.MEASURE_ESTIMATE].isnan()
 
 
-def test_audit_of_a_bound() -> None:
-    """Only where the ledger holds bounds is there something left to audit."""
-    x = on_device(Case(family="spiky", q_len=200, kv_len=577).make(torch.float32))
+@pytest.mark.parametrize("way", ["mean", "lse", "bound"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_audit(way: str, dtype: torch.dtype) -> None:
+    """The error of every way; the recall only where the ledger holds bounds of it."""
+    x = on_device(Case(family="spiky", q_len=200, kv_len=577, kv_heads=2).make(dtype))
     numbers = control(0.7)
-    got = online(x, numbers, certify="row", bound=True, audited=True)
-    found = achieved(got.lse.cpu(), oracle(on_cpu(x))).mean()
-    assert got.measures[c.MEASURE_RECALL].item() == pytest.approx(float(found), abs=1e-5)
-    assert got.measures[c.MEASURE_ESTIMATE].item() <= found + 1e-5
+    got = online(x, numbers, **WAYS[way], audited=True)
+    assert assert_audit(got, on_cpu(x), 0).error > 0
+    plain = online(x, numbers, **WAYS[way])
+    assert same_bits(got.out, plain.out)
+    assert plain.measures[c.MEASURE_ERROR :].isnan().all()
+    if way == "bound":
+        assert plain.measures[c.MEASURE_RECALL].isnan()
+        recall = got.measures[c.MEASURE_RECALL].item()
+        assert got.measures[c.MEASURE_ESTIMATE].item() <= recall + 1e-5
+    else:
+        assert same_bits(got.measures[: c.MEASURE_ERROR], plain.measures[: c.MEASURE_ERROR])
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 65), (65, 0), (0, 0)])

@@ -11,7 +11,13 @@ part; ``Tm`` query tiles of :data:`~cef_compile.kernels.config.BLOCK_M` rows, ``
 :data:`~cef_compile.kernels.config.BLOCK_N` keys; any strides.
 """
 
-from cef_compile.kernels.reference.audit import audit, exact_lse, tile_energies
+from cef_compile.kernels.reference.audit import (
+    Audited,
+    audit,
+    exact_attention,
+    exact_lse,
+    tile_energies,
+)
 from cef_compile.kernels.reference.common import Result, new_output, work_dtype
 from cef_compile.kernels.reference.online import first_tile, online
 from cef_compile.kernels.reference.planned import (
@@ -25,6 +31,7 @@ from cef_compile.kernels.reference.planned import (
 )
 
 __all__ = [
+    "Audited",
     "Centroids",
     "Plan",
     "Result",
@@ -32,6 +39,7 @@ __all__ = [
     "audit",
     "centroids",
     "choose",
+    "exact_attention",
     "exact_lse",
     "first_tile",
     "new_output",

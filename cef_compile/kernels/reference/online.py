@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels.reference.audit import audit
 from cef_compile.kernels.reference.common import (
     Result,
     by_tile,
@@ -29,6 +30,7 @@ def online(
     rule: str = "share",
     certify: str = "mean",
     bound: bool = False,
+    audited: bool = False,
 ) -> Result:
     """Filter in one pass over all key tiles, with a ledger of kept and dropped energy (DESIGN 3.3).
 
@@ -47,6 +49,8 @@ def online(
         certify: one of ``CERTIFICATES``.
         bound: judge a tile by ``n_j * exp(its maximum)`` instead of its exact energy; the ledger
             is then a lower bound of the recall.
+        audited: measure the error on a sample of query tiles, and where the ledger holds bounds
+            the achieved recall too.
     """
     work = work_dtype(q)
     batch, heads, q_len, _ = q.shape
@@ -117,6 +121,10 @@ def online(
     measures = new_measures(kept, seen.any(-1), mean_recall, log2_threshold)
     if not bound:
         measures[c.MEASURE_RECALL], measures[c.MEASURE_STDERR] = mean_recall, 0
+    if audited:
+        seed = control[c.CONTROL_SEED]
+        found = audit(q, k, v, out, lse, seed, scale=scale, key_mask=key_mask)
+        found.write(measures, recall=bound)
     histogram = torch.zeros(2, c.RANK_BINS, device=q.device)
     return Result(out, lse, kept, histogram, measures, recall)
 

@@ -211,7 +211,7 @@ def planned(
         scale: factor of the scores.
         rule: one of ``PLANNED_RULES``, see :func:`choose`.
         compensate: put dropped tiles back as pseudo-tokens, see :func:`attend`.
-        audited: measure the achieved recall on a sample of query tiles.
+        audited: measure achieved recall and error on a sample of query tiles.
     """
     cents = centroids(k, key_mask)
     ranked = plan(q, cents, scale)
@@ -222,6 +222,6 @@ def planned(
     estimate = torch.where(total > 0, (ranked.energy * kept).sum() / total, 1)
     measures = new_measures(kept, ranked.visible, estimate, log2_threshold)
     if audited:
-        found = audit(q, k, lse, control[c.CONTROL_SEED], scale=scale, key_mask=key_mask)
-        measures[c.MEASURE_RECALL], measures[c.MEASURE_STDERR] = found
+        seed = control[c.CONTROL_SEED]
+        audit(q, k, v, out, lse, seed, scale=scale, key_mask=key_mask).write(measures)
     return Result(out, lse, kept, histogram.float(), measures)
