@@ -23,6 +23,8 @@ class AttentionStats:
         estimate: recall by the filter's own account.
         density: kept tiles / visible tiles.
         threshold: share at which a tile was kept; NaN where the rule has none.
+        error: relative error of the output, ``||out - exact|| / ||exact||``, over the same tiles.
+        error_interval: its 95 % interval.
     """
 
     recall: float
@@ -30,6 +32,8 @@ class AttentionStats:
     estimate: float
     density: float
     threshold: float
+    error: float
+    error_interval: tuple[float, float]
 
 
 def attention(

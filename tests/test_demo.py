@@ -226,9 +226,12 @@ AUDITED = {
     "target": 0.9,
     "recall": 0.9,
     "interval": [0.8, 1.0],
+    "error": 0.1,
+    "error_interval": [0.1, 0.1],
     "density": 0.5,
     "calls": 1,
     "recalls": [0.9],
+    "errors": [0.1],
     "densities": [0.5],
     "passes": [0],
 }
@@ -249,13 +252,13 @@ class TestOutcome:
         )
 
     def test_nodes_and_audits_are_joined_by_path_and_ordinal(self, tmp_path: Path) -> None:
-        audit = {"recall": 0.9, "density": 0.5, "passes": PASSES, "nodes": [AUDITED]}
+        audit = {"recall": 0.9, "error": 0.1, "density": 0.5, "passes": PASSES, "nodes": [AUDITED]}
         first, second = self.outcome(tmp_path, audit).record["nodes"]
         assert first["audit"] == AUDITED
         assert second["audit"] is None
 
     def test_files(self, tmp_path: Path) -> None:
-        audit = {"recall": 0.9, "density": 0.5, "passes": PASSES, "nodes": [AUDITED]}
+        audit = {"recall": 0.9, "error": 0.1, "density": 0.5, "passes": PASSES, "nodes": [AUDITED]}
         outcome = self.outcome(tmp_path, audit)
         for name in ("frames.png", "frames.gif"):
             Image.new("RGB", (2, 2)).save(tmp_path / name)

@@ -155,6 +155,7 @@ class TestFilters:
         assert stats.density == measures[c.MEASURE_DENSITY]
         assert stats.recall == measures[c.MEASURE_RECALL]
         assert stats.estimate == measures[c.MEASURE_ESTIMATE]
+        assert stats.error == measures[c.MEASURE_ERROR]
 
     @given(case=cases(), recall=RECALLS)
     def test_online_is_certified(self, case: Case, recall: float) -> None:
@@ -192,11 +193,14 @@ class TestFilters:
         self, recall: float, low: float, high: float, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         x = Case().make()
-        measured = torch.tensor([0.5, recall, recall, 0.04 / 1.959964, -3.0])
+        stderr = 0.04 / 1.959964
+        measured = torch.tensor([0.5, recall, recall, stderr, -3.0, 0.99, stderr])
         monkeypatch.setattr(ops, "attention", lambda *args: (x.v, None, measured))
         _, stats = attention(x.q, x.k, x.v, return_stats=True)
         assert stats.interval == pytest.approx((low, high), abs=1e-6)
         assert 0 <= stats.interval[0] <= stats.interval[1] <= 1
+        assert stats.error == pytest.approx(0.99)
+        assert stats.error_interval == pytest.approx((0.95, 1.03), abs=1e-6)  # an error may pass 1
 
     def test_given_threshold_and_density(self) -> None:
         x = Case(q_len=256, kv_len=640, family="banded").make()
@@ -468,9 +472,9 @@ class TestNumbers:
         assert [control_.tolist() for control_ in controls] == [[0.5, 0, 0, 1], [0.5, 0, 0, 8]]
 
     def test_measures(self) -> None:
-        read = ops.Measures.of(torch.tensor([0.25, 0.5, 0.75, 0.125, -3.0]))
-        assert read == ops.Measures(0.25, 0.5, 0.75, 0.125, 0.125)
-        assert math.isnan(ops.Measures.of(torch.full((5,), math.nan)).threshold)
+        read = ops.Measures.of(torch.tensor([0.25, 0.5, 0.75, 0.125, -3.0, 0.375, 0.0625]))
+        assert read == ops.Measures(0.25, 0.5, 0.75, 0.125, 0.125, 0.375, 0.0625)
+        assert math.isnan(ops.Measures.of(torch.full((7,), math.nan)).threshold)
 
     @given(
         cases_=st.lists(cases(mask="none"), min_size=1, max_size=4),

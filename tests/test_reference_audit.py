@@ -64,7 +64,7 @@ class TestSample:
         total = heads * c.tiles(tokens, c.BLOCK_M)
         samples = c.audit_samples(total, c.tiles(tokens, c.BLOCK_N))
         assert 2 <= samples <= 0.02 * total
-        assert samples <= 0.011 * total or samples <= 7
+        assert samples <= 0.0075 * total or samples <= 7
 
     @given(total=st.integers(0, 10**6), kv_tiles=st.integers(0, 10**5))
     def test_sizes(self, total: int, kv_tiles: int) -> None:

@@ -19,8 +19,14 @@ from cef_compile.report import Audit, AuditedNode, Report, ReportedNode
 from cef_compile.report.table import number, text_table
 
 SHARES = st.floats(0, 1, width=32)
-CALLS = st.tuples(SHARES, SHARES, SHARES, st.floats(0, 0.25, width=32), st.floats(-16, 0, width=32))
-"""Density, estimate, recall, its standard error, log2 of the threshold."""
+STDERRS = st.floats(0, 0.25, width=32)
+CALLS = st.tuples(
+    SHARES, SHARES, SHARES, STDERRS, st.floats(-16, 0, width=32), st.floats(0, 4, width=32), STDERRS
+)
+"""Density, estimate, recall, its stderr, log2 of the threshold, error, its stderr."""
+
+
+SEQUENCES = [f.name for f in fields(AuditedNode) if str(f.type).startswith("tuple")]
 
 
 class TestReport:
@@ -95,7 +101,7 @@ class TestAudit:
     def test_node_is_the_mean_of_its_calls(self, calls: list[tuple[float, ...]]) -> None:
         (node,) = audit_of(calls).nodes
         n = len(calls)
-        density, estimate, recall, stderr, log2 = zip(*calls, strict=True)
+        density, estimate, recall, stderr, log2, error, error_stderr = zip(*calls, strict=True)
         assert (node.model, node.path, node.ordinal) == ("Wan", "a", 0)
         assert (node.target, node.calls) == (0.9, n)
         assert node.density == pytest.approx(sum(density) / n)
@@ -104,6 +110,9 @@ class TestAudit:
         assert node.recalls == recall
         assert node.densities == density
         assert node.stderrs == stderr
+        assert node.error == pytest.approx(sum(error) / n)
+        assert node.errors == error
+        assert node.error_stderrs == error_stderr
         assert node.passes == tuple(range(n))
         assert node.threshold == 2.0 ** log2[-1]
         # Independent samples: variances add, and a mean of n divides by n.
@@ -112,6 +121,10 @@ class TestAudit:
         assert low == pytest.approx(max(node.recall - half, 0), abs=1e-6)
         assert high == pytest.approx(min(node.recall + half, 1), abs=1e-6)
         assert 0 <= low <= node.recall <= high <= 1
+        half = 1.959964 * math.sqrt(sum(s**2 for s in error_stderr)) / n
+        low, high = node.error_interval
+        assert low == pytest.approx(max(node.error - half, 0), abs=1e-6)
+        assert high == pytest.approx(node.error + half, abs=1e-6)
 
     @given(st.lists(st.lists(CALLS, min_size=1, max_size=3), min_size=1, max_size=4))
     def test_model_is_the_mean_of_its_nodes(self, nodes: list[list[tuple[float, ...]]]) -> None:
@@ -123,7 +136,10 @@ class TestAudit:
         densities = [sum(c[0] for c in calls) / len(calls) for calls in nodes]
         assert audit.recall == pytest.approx(sum(recalls) / len(nodes))
         assert audit.density == pytest.approx(sum(densities) / len(nodes))
+        errors = [sum(c[5] for c in calls) / len(calls) for calls in nodes]
+        assert audit.error == pytest.approx(sum(errors) / len(nodes))
         plain = audit.to_dict()
+        assert plain["error"] == audit.error
         assert plain["recall"] == audit.recall
         assert plain["density"] == audit.density
         assert len(plain["nodes"]) == len(nodes)
@@ -133,59 +149,47 @@ class TestAudit:
         names = [("M", "b", 0), ("M", "a", 0), ("M", "a", 1), ("N", "a", 0), ("M", "b", 0)]
         for model, path, ordinal in names:
             node = replace(NODE, path=path, ordinal=ordinal)
-            audit.add(model, node, Decision(0.9), torch.zeros(5))
+            audit.add(model, node, Decision(0.9), torch.zeros(7))
         found = [(n.model, n.path, n.ordinal, n.calls) for n in audit.nodes]
         assert found == [("M", "b", 0, 2), ("M", "a", 0, 1), ("M", "a", 1, 1), ("N", "a", 0, 1)]
 
     def test_target_and_threshold_are_those_of_the_last_call(self) -> None:
         audit = Audit()
-        audit.add("M", NODE, Decision(0.8), torch.tensor([0.5, 0.8, 0.8, 0.0, -4.0]))
-        audit.add("M", NODE, Decision(0.7), torch.tensor([0.5, 0.8, 0.8, 0.0, math.nan]))
+        audit.add("M", NODE, Decision(0.8), torch.tensor([0.5, 0.8, 0.8, 0.0, -4.0, 0.1, 0.0]))
+        audit.add("M", NODE, Decision(0.7), torch.tensor([0.5, 0.8, 0.8, 0.0, math.nan, 0.1, 0.0]))
         (node,) = audit.nodes
         assert node.target == 0.7
         assert node.threshold is None
 
     @given(calls=st.lists(CALLS, min_size=1, max_size=3))
     def test_plain_data_comes_back_from_json(self, calls: list[tuple[float, ...]]) -> None:
-        audit = audit_of([*calls, (0.5, 0.9, 0.9, 0.0, math.nan)])
+        audit = audit_of([*calls, (0.5, 0.9, 0.9, 0.0, math.nan, 0.1, 0.0)])
         back = json.loads(json.dumps(audit.to_dict(), allow_nan=False))
-        assert list(back) == ["recall", "density", "passes", "nodes"]
+        assert list(back) == ["recall", "error", "density", "passes", "nodes"]
         (data,) = back["nodes"]
         assert set(data) == {field.name for field in fields(AuditedNode)}
-        for name in ("interval", "recalls", "densities", "stderrs", "passes"):
+        for name in SEQUENCES:
             data[name] = tuple(data[name])
         assert [AuditedNode(**data)] == audit.nodes
 
     def test_text(self) -> None:
-        audit = audit_of([(0.25, 0.9, 0.75, 0.0, -4.0), (0.5, 0.9, 1.0, 0.01, -4.0)], path="")
-        lines = str(audit).splitlines()
-        assert lines[0].split() == [
-            "node",
-            "target",
-            "recall",
-            "95",
-            "%",
-            "interval",
-            "density",
-            "calls",
+        calls = [
+            (0.25, 0.9, 0.75, 0.0, -4.0, 0.02, 0.001),
+            (0.5, 0.9, 1.0, 0.01, -4.0, 0.01, 0.0),
         ]
-        assert lines[2].split() == [
-            "(unnamed)#0",
-            "0.900",
-            "0.875",
-            "0.865",
-            "..",
-            "0.885",
-            "0.375",
-            "2",
-        ]
-        assert lines[3] == "mean recall 0.8750, density 0.3750"
+        lines = str(audit_of(calls, path="")).splitlines()
+        heading = "node target recall 95 % interval error 95 % interval density calls"
+        assert lines[0].split() == heading.split()
+        row = "(unnamed)#0 0.900 0.875 0.865 .. 0.885 0.0150 0.0140 .. 0.0160 0.375 2"
+        assert lines[2].split() == row.split()
+        assert lines[3] == "mean recall 0.8750, error 0.0150, density 0.3750"
 
     def test_nothing_audited(self) -> None:
         audit = Audit()
         assert audit.nodes == []
         assert math.isnan(audit.recall)
         assert math.isnan(audit.density)
+        assert math.isnan(audit.error)
         assert "Nothing audited" in str(audit)
         assert audit.to_dict()["nodes"] == []
 
@@ -197,7 +201,7 @@ class TestAudit:
         for mask in runs:
             nodes = [i for i in range(4) if mask >> i & 1]
             for i in nodes:
-                audit.add("Wan", replace(NODE, ordinal=i), Decision(0.9), torch.zeros(5))
+                audit.add("Wan", replace(NODE, ordinal=i), Decision(0.9), torch.zeros(7))
                 if not expected or i in expected[-1]:
                     expected.append([])
                 expected[-1].append(i)
@@ -208,7 +212,7 @@ class TestAudit:
     def test_passes_of_two_models_are_counted_apart(self) -> None:
         audit = Audit()
         for model in ("high", "low", "high"):
-            audit.add(model, NODE, Decision(0.9), torch.zeros(5))
+            audit.add(model, NODE, Decision(0.9), torch.zeros(7))
         passes = [(p.model, p.step) for p in audit.passes]
         assert passes == [("high", "0"), ("low", "0"), ("high", "1")]
         assert [node.passes for node in audit.nodes] == [(0, 2), (1,)]
@@ -232,7 +236,7 @@ class TestAudit:
                 audit.label(step, branch)  # saying it again changes nothing
                 for ordinal in range(2):
                     node = replace(NODE, ordinal=ordinal)
-                    audit.add("Wan", node, Decision(0.9), torch.zeros(5))
+                    audit.add("Wan", node, Decision(0.9), torch.zeros(7))
         passes = [(p.step, p.branch) for p in audit.passes]
         assert passes == [("0", "text"), ("0", "no text"), ("1", "text"), ("1", "no text")]
         assert all(node.passes == (0, 1, 2, 3) for node in audit.nodes)
@@ -240,9 +244,9 @@ class TestAudit:
     def test_a_new_label_starts_a_pass_even_if_other_nodes_run(self) -> None:
         audit = Audit()
         audit.label("a")
-        audit.add("Wan", NODE, Decision(0.9), torch.zeros(5))
+        audit.add("Wan", NODE, Decision(0.9), torch.zeros(7))
         audit.label("b")
-        audit.add("Wan", replace(NODE, ordinal=1), Decision(0.9), torch.zeros(5))
+        audit.add("Wan", replace(NODE, ordinal=1), Decision(0.9), torch.zeros(7))
         assert [p.step for p in audit.passes] == ["a", "b"]
 
 

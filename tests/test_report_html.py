@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import re
 import subprocess
 from dataclasses import replace
@@ -20,7 +21,7 @@ from report_cases import DENSE, FILTERED, NODE
 
 from cef_compile.policy import Decision
 from cef_compile.report import Audit, Report, Table, TileMap, write_html
-from cef_compile.report.record import RecordError, check, join
+from cef_compile.report.record import MEANS, RecordError, check, join
 from cef_compile.report.saved import read, write_page
 
 VOID = {"meta", "link", "img", "input", "br"}
@@ -51,7 +52,8 @@ def generation(nodes: int = 3, steps: int = 4) -> Audit:
             audit.label(step, branch)
             for i in range(nodes):
                 density, recall = 0.2 + 0.2 * i + 0.02 * step, 0.95 - 0.05 * i
-                measures = torch.tensor([density, recall, recall, 0.01, -6.0])
+                error = 0.01 + 0.03 * i
+                measures = torch.tensor([density, recall, recall, 0.01, -6.0, error, 0.001])
                 node = replace(NODE, path=f"blocks.{i}.attn1")
                 audit.add("Wan", node, Decision(0.9), measures)
     return audit
@@ -131,6 +133,7 @@ class TestStructure:
             assert found["name"] == f"{node.path}#0"
             assert found["recalls"] == list(node.recalls)
             assert found["densities"] == list(node.densities)
+            assert found["errors"] == list(node.errors)
             assert found["passes"] == list(node.passes)
         (found,) = data["tileMaps"]
         mean = found["panels"][0]
@@ -146,6 +149,8 @@ class TestStructure:
         assert "Over 8 forward passes the filtered nodes computed 43.0 %" in header
         assert "carried 90.0 % of the attention energy: at the target of 90.0 %" in header
         assert "furthest from it is blocks.2.attn1#0 with 85.0 %" in header
+        assert "their output was off by 4.0 % of its size in the mean" in header
+        assert "most in blocks.2.attn1#0: 7.0 % (95 % interval 6.9 to 7.1 %)" in header
         assert "Nodes of a group share one threshold" in header
         assert "dense: cross attention to a short context (77 keys)" in table
         assert "A note." in page.texts["main"]
@@ -158,7 +163,7 @@ class TestStructure:
         node = replace(FILTERED, path=HOSTILE)
         audit = Audit()
         audit.label(HOSTILE, HOSTILE)
-        audit.add("Wan", replace(NODE, path=HOSTILE), Decision(0.9), torch.full((5,), 0.5))
+        audit.add("Wan", replace(NODE, path=HOSTILE), Decision(0.9), torch.full((7,), 0.5))
         path = write_html(
             tmp_path / "report.html",
             Report(HOSTILE, [node]),
@@ -194,6 +199,13 @@ class TestStructure:
         assert "Wan 1: blocks.0.attn1#0" in table
         assert "Wan 2: blocks.0.attn1#0" in table
 
+    def test_numbers_that_are_not_finite(self, tmp_path: Path) -> None:
+        page = Page(write_html(tmp_path / "a.html", *not_finite()).read_text(encoding="utf-8"))
+        assert "1 filtered node has no recall: NaN or infinity" in page.texts["header"]
+        assert page.data["nodes"][0]["errors"] == [pytest.approx(0.01), None]
+        record = json.loads(json.dumps(join(*(thing.to_dict() for thing in not_finite()))))
+        assert check(record)["mean"] == {"recall": None, "error": None, "density": 0.5}
+
     def test_errors_come_before_the_file(self, tmp_path: Path) -> None:
         path = tmp_path / "a.html"
         with pytest.raises(ValueError, match=r"picture 'x' must be PNG.*begins with b'hello'"):
@@ -201,6 +213,16 @@ class TestStructure:
         with pytest.raises(ValueError, match="'T' has 1 columns, but a row has 2 cells"):
             full_page(path, tables=[Table("T", ["a"], [["1", "2"]])])
         assert not path.exists()
+
+
+def not_finite() -> tuple[Report, Audit]:
+    """Two calls of a node whose numbers are not finite in the second."""
+    audit = Audit()
+    node = replace(NODE, path=FILTERED.path)
+    for recall, error in ((0.9, 0.01), (math.nan, math.inf)):
+        measures = torch.tensor([0.5, recall, recall, 0.01, -6.0, error, 0.001])
+        audit.add("Wan", node, Decision(0.9), measures)
+    return Report("p", [FILTERED]), audit
 
 
 class TestSaved:
@@ -236,7 +258,7 @@ class TestSaved:
 
     def test_an_audit_is_joined_with_its_newest_node(self) -> None:
         small, large = (replace(FILTERED, q_shape=(1, 1, n, 8)) for n in (512, 1024))
-        data = {"recall": 0.9, "density": 0.5, "passes": [], "nodes": [{"model": "Wan"}]}
+        data = {**dict.fromkeys(MEANS, 0.5), "passes": [], "nodes": [{"model": "Wan"}]}
         data["nodes"][0] |= {"path": FILTERED.path, "ordinal": FILTERED.ordinal}
         joined = join(Report("p", [small, large, DENSE]).to_dict(), data)
         assert [node["audit"] is not None for node in joined["nodes"]] == [False, True, False]
@@ -250,13 +272,15 @@ class TestSaved:
             (lambda r: r["nodes"][1].pop("kind"), r"nodes\[1\] has no 'kind'"),
             (lambda r: r["nodes"][0].update(recall="x"), r"nodes\[0\].recall must be .* got 'x'"),
             (lambda r: r["nodes"][0]["audit"].pop("target"), r"nodes\[0\].audit has no 'target'"),
-            (lambda r: r["nodes"][0]["audit"]["recalls"].pop(), "densities 7"),
+            (lambda r: r["nodes"][0]["audit"]["recalls"].pop(), "errors must have 7 numbers"),
             (lambda r: r["nodes"][0]["audit"]["passes"].pop(), "8 indices below 8"),
             (lambda r: r["passes"].clear(), "8 indices below 0"),
             (lambda r: r["nodes"][0]["audit"].update(interval=[0.1]), "must have 2 numbers"),
+            (lambda r: r["nodes"][0]["audit"].pop("error"), r"nodes\[0\].audit has no 'error'"),
+            (lambda r: r["nodes"][0]["audit"]["errors"].pop(), "errors must have 8 numbers"),
             (
-                lambda r: r["nodes"][0]["audit"]["recalls"].__setitem__(2, None),
-                r"recalls\[2\] must be a number, got None",
+                lambda r: r["nodes"][0]["audit"]["recalls"].__setitem__(2, "x"),
+                r"recalls\[2\] must be a number or null, got 'x'",
             ),
             (lambda r: r["passes"][0].pop("step"), r"passes\[0\] has no 'step'"),
             (lambda r: r.update(page=1), "page must be dict, got 1"),
@@ -304,15 +328,18 @@ PROBE = """
 (() => {
   const rows = () => [...document.querySelectorAll("#node-table tbody tr")];
   const names = () => rows().filter((row) => !row.hidden).map((row) => row.cells[0].textContent);
-  const click = (i) => document.querySelectorAll("#node-table th button")[i].click();
+  const click = (name) => [...document.querySelectorAll("#node-table th button")]
+    .find((button) => button.textContent === name).click();
   const type = (id, value, event) => {
     document.getElementById(id).value = value;
     document.getElementById(id).dispatchEvent(new Event(event));
   };
   const found = { errors: window.seen, first: names() };
-  click(9); found.rising = names();
-  click(9); found.falling = names();
-  click(0); found.byName = names();
+  click("density"); found.rising = names();
+  click("density"); found.falling = names();
+  click("node"); found.byName = names();
+  click("error"); click("error"); found.byError = names();
+  click("node");
   type("find", "short CROSS", "input"); found.words = names();
   found.shown = document.getElementById("shown").textContent;
   type("find", "", "input"); type("show", "filtered", "change"); found.filtered = names();
@@ -377,19 +404,26 @@ class TestBrowser:
         assert found["rising"] == [*blocks, cross]
         assert found["falling"] == [*reversed(blocks), cross]  # without a number: last
         assert found["byName"] == [blocks[0], cross, *blocks[1:]]
+        assert found["byError"] == [*reversed(blocks), cross]
         assert found["words"] == [cross]
         assert found["shown"] == "1 of 4 nodes"
         assert found["filtered"] == blocks
         assert sorted(found["all"]) == sorted([*blocks, cross])
         assert found["visible"] == ["nodes", "heat", "distributions", "worst", "tiles"]
         assert found["headings"] == ["text", "no text"]
-        assert found["cells"] == [3 * 4] * 4
-        assert found["bars"] == [3 * 8] * 2
+        assert found["cells"] == [3 * 4] * 6
+        assert found["bars"] == [3 * 8] * 3
         assert found["worst"] == blocks[::-1]
         assert len(found["shades"]) == 4
         assert found["shades"][0] == 4  # of three heads, 0 to 3 keep a pair
         assert found["shades"][1:] == [2, 2, 2]
         assert found["images"] == [[True, 8], [True, 8]]
+
+    def test_numbers_that_are_not_finite(self, tmp_path: Path) -> None:
+        path = write_html(tmp_path / "a.html", *not_finite())
+        found = probe(tmp_path, path.read_text(encoding="utf-8"))
+        assert found["cells"] == [2, 2, 2]
+        assert found["bars"] == [2, 1, 1]
 
     def test_a_phone(self, tmp_path: Path) -> None:
         probe(tmp_path, full_page(tmp_path / "report.html"), width=500)
@@ -404,8 +438,8 @@ class TestBrowser:
     def test_one_call_without_labels(self, tmp_path: Path) -> None:
         audit = Audit()
         node = replace(NODE, path=FILTERED.path)
-        audit.add("Wan", node, Decision(0.9), torch.tensor([1.0, 1.0, 1.0, 0.0, -6.0]))
+        audit.add("Wan", node, Decision(0.9), torch.tensor([1.0, 1.0, 1.0, 0.0, -6.0, 0.0, 0.0]))
         path = write_html(tmp_path / "a.html", Report("p", [FILTERED]), audit)
         found = probe(tmp_path, path.read_text(encoding="utf-8"))
-        assert found["cells"] == [1, 1]
+        assert found["cells"] == [1, 1, 1]
         assert found["headings"] == []

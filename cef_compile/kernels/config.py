@@ -75,7 +75,7 @@ AUDIT_FRACTION: Final = 0.005
 """Share of the query tiles whose exact attention an audit computes: its share of dense work."""
 AUDIT_MIN_TILES: Final = 64
 """No fewer query tiles than this, so that the interval of one call means something ..."""
-AUDIT_MAX_FRACTION: Final = 0.01
+AUDIT_MAX_FRACTION: Final = 0.0075
 """... but for them no more than this share of dense work."""
 AUDIT_SMALL_PAIRS: Final = 1920
 """Tile pairs that are looked at whatever share of a node they are: 2 % of three heads of 16,384

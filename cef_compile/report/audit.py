@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cef_compile.ops import Measures, interval_95
 from cef_compile.policy import AttentionNode, Decision
-from cef_compile.report.table import number, span, text_table
-
-MEANS: Final = ("recall", "error", "density")
-"""What an audit has a mean of, over its nodes."""
-ERROR_DIGITS: Final = 4
-"""Errors are small numbers: digits in tables."""
+from cef_compile.report.record import MEANS
+from cef_compile.report.table import ERROR_DIGITS, number, span, text_table
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any, Final
 from cef_compile.report.audit import Audit
 from cef_compile.report.environment import environment as this_environment
 from cef_compile.report.environment import rows as environment_rows
-from cef_compile.report.record import join
+from cef_compile.report.record import CALL_FIELDS, MEANS, join
 from cef_compile.report.summary import Report
-from cef_compile.report.table import number
+from cef_compile.report.table import ERROR_DIGITS, number
 from cef_compile.report.tiles import TileMap
 from cef_compile.report.words import sentences
 
@@ -42,6 +42,9 @@ COLUMNS: Final = (
     ("recall", "number", "achieved recall, from exact energies of a sample"),
     ("low", "number", "lower end of the 95 % interval of recall"),
     ("high", "number", "upper end of the 95 % interval of recall"),
+    ("error", "number", "of the output: ||out - exact|| / ||exact|| over the same sample"),
+    ("error low", "number", "lower end of the 95 % interval of error"),
+    ("error high", "number", "upper end of the 95 % interval of error"),
     ("density", "number", "tiles computed / all tiles"),
     ("calls", "number", "audited calls"),
 )
@@ -153,9 +156,10 @@ def _data(record: Mapping[str, Any], tile_maps: Sequence[Mapping[str, Any]]) -> 
             "path": node["path"],
             "ordinal": node["ordinal"],
             **{
-                field: node["audit"][field] for field in ("target", "recall", "density", "interval")
+                field: node["audit"][field]
+                for field in ("target", *MEANS, "interval", "error_interval", *CALL_FIELDS)
             },
-            **{field: node["audit"][field] for field in ("recalls", "densities", "passes")},
+            "passes": node["audit"]["passes"],
         }
         for node in record["nodes"]
         if node["audit"]
@@ -187,7 +191,8 @@ def _nodes(record: Mapping[str, Any]) -> str:
 
 def _node_row(node: Mapping[str, Any], several: bool) -> str:
     audit = node["audit"] or {}
-    low, high = audit.get("interval", (None, None))
+    nothing = (None, None)
+    error = (audit.get("error"), *audit.get("error_interval", nothing))
     why = f"{node['reason']} ({node['detail']})" if node["detail"] else node["reason"]
     filtered = node["decision"] == "filtered"
     cells = [
@@ -199,8 +204,8 @@ def _node_row(node: Mapping[str, Any], several: bool) -> str:
         f"filtered ({node['filter']})" if filtered else f"dense: {why}",
         number(audit.get("target", node["recall"])),
         number(audit.get("recall")),
-        number(low),
-        number(high),
+        *map(number, audit.get("interval", nothing)),
+        *(number(value, ERROR_DIGITS) for value in error),
         number(audit.get("density", node["density"])),
         str(audit.get("calls", "")),
     ]

@@ -31,13 +31,21 @@ NODE_FIELDS: Final[Mapping[str, tuple[type, ...]]] = {
 """What a page needs of a node, and its types."""
 AUDIT_FIELDS: Final[Mapping[str, tuple[type, ...]]] = {
     "target": (int, float),
-    "recall": (int, float),
+    "recall": (int, float, type(None)),
+    "error": (int, float, type(None)),
     "density": (int, float),
     "calls": (int,),
     "interval": (list, tuple),
+    "error_interval": (list, tuple),
     "recalls": (list, tuple),
+    "errors": (list, tuple),
     "densities": (list, tuple),
 }
+"""Recall and error are None where the model's numbers were not finite."""
+CALL_FIELDS: Final = ("recalls", "errors", "densities")
+"""What an audit has for each call."""
+MEANS: Final = ("recall", "error", "density")
+"""What an audit has for the model."""
 BREAK_FIELDS: Final[Mapping[str, tuple[type, ...]]] = dict.fromkeys(
     ("model", "place", "reason", "remedy"), (str,)
 )
@@ -109,7 +117,7 @@ def join(report: Mapping[str, Any], audit: Mapping[str, Any] | None) -> dict[str
             "policy": report["policy"],
             "unmatched_rules": report["unmatched_rules"],
             "breaks": report["breaks"],
-            "mean": {name: audit[name] for name in ("recall", "density")} if audit else None,
+            "mean": {name: audit[name] for name in MEANS} if audit else None,
             "passes": audit["passes"] if audit else [],
             "nodes": nodes,
         }
@@ -162,8 +170,7 @@ def check(data: Any) -> dict[str, Any]:
         for j, panel in enumerate(tile_map["panels"]):
             _fields(panel, PANEL_FIELDS, f"tile_maps[{i}].panels[{j}]")
     if record["mean"] is not None:
-        means = {"recall": (int, float, type(None)), "density": (int, float, type(None))}
-        _fields(record["mean"], means, "mean")
+        _fields(record["mean"], dict.fromkeys(MEANS, (int, float, type(None))), "mean")
     for i, pass_ in enumerate(record["passes"]):
         _fields(pass_, PASS_FIELDS, f"passes[{i}]")
     for i, node in enumerate(record["nodes"]):
@@ -179,17 +186,20 @@ def _audit(audit: Any, place: str, passes: int) -> None:
     calls = len(audit["recalls"])
     audit.setdefault("passes", [])
     _fields(audit, {"passes": (list, tuple)}, place)
-    lengths = {name: len(audit[name]) for name in ("recalls", "densities", "passes")}
-    if len(audit["interval"]) != 2 or lengths["densities"] != calls:
-        raise RecordError(f"{place}: interval must have 2 numbers and densities {calls}")
-    if lengths["passes"] not in (0, calls) or any(
+    for name in CALL_FIELDS:
+        if len(audit[name]) != calls:
+            raise RecordError(f"{place}.{name} must have {calls} numbers, as recalls has")
+    for name in ("interval", "error_interval"):
+        if len(audit[name]) != 2:
+            raise RecordError(f"{place}.{name} must have 2 numbers")
+    if len(audit["passes"]) not in (0, calls) or any(
         not isinstance(i, int) or not 0 <= i < passes for i in audit["passes"]
     ):
         raise RecordError(f"{place}.passes must be {calls} indices below {passes}")
-    for name in ("interval", "recalls", "densities"):
+    for name in (*CALL_FIELDS, "interval", "error_interval"):
         for i, value in enumerate(audit[name]):
-            if not isinstance(value, int | float):
-                raise RecordError(f"{place}.{name}[{i}] must be a number, got {value!r}")
+            if not isinstance(value, int | float | None):
+                raise RecordError(f"{place}.{name}[{i}] must be a number or null, got {value!r}")
 
 
 def _fields(data: Any, wanted: Mapping[str, tuple[type, ...]], place: str) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
+
+ERROR_DIGITS: Final = 4
+"""Errors of attention are small numbers."""
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -26,7 +30,7 @@ def number(value: float | None, digits: int = 3) -> str:
     return "" if value is None or value != value else f"{value:.{digits}f}"
 
 
-def span(interval: Sequence[float], digits: int = 3) -> str:
+def span(interval: Sequence[float | None], digits: int = 3) -> str:
     """An interval as it stands in a table."""
     return " .. ".join(number(end, digits) for end in interval)
 

@@ -58,23 +58,28 @@ def _delivered(record: Mapping[str, Any], audited: list[Mapping[str, Any]]) -> l
             "Nothing was audited, so the achieved recall is not known: run the model inside"
             " backend.audit()."
         ]
-    audits = [node["audit"] for node in audited]
+    finite = [node for node in audited if node["audit"]["recall"] is not None]
+    text = [_not_finite(len(audited) - len(finite))]
+    if not finite:
+        return text
+    audits = [node["audit"] for node in finite]
     recall = sum(audit["recall"] for audit in audits) / len(audits)
     density = sum(audit["density"] for audit in audits) / len(audits)
     target = sum(audit["target"] for audit in audits) / len(audits)
     passes = len(record["passes"]) or max(audit["calls"] for audit in audits)
-    worst = min(audited, key=lambda node: node["audit"]["recall"] - node["audit"]["target"])
-    name, found = f"{worst['path'] or '(unnamed)'}#{worst['ordinal']}", worst["audit"]
+    worst = min(finite, key=lambda node: node["audit"]["recall"] - node["audit"]["target"])
+    found = worst["audit"]
     low, high = found["interval"]
     within = "at" if abs(recall - target) < 0.005 else "above" if recall > target else "below"
-    paragraph = (
+    text.append(
         f"Over {passes} forward pass{'' if passes == 1 else 'es'} the filtered nodes computed"
         f" {100 * density:.1f} % of their key tiles, which carried {100 * recall:.1f} % of the"
         f" attention energy: {within} the target of {100 * target:.1f} %, which is a mean."
-        f" The node furthest from it is {name} with {100 * found['recall']:.1f} %"
+        f" The node furthest from it is {_name(worst)} with {100 * found['recall']:.1f} %"
         f" (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
         f" at {100 * found['density']:.1f} % of its tiles."
     )
+    text.append(_errors(finite))
     shares = {node["group"] for node in audited if node.get("group")}
     note = (
         "Nodes of a group share one threshold: peaked attention ends above the target and diffuse"
@@ -82,7 +87,32 @@ def _delivered(record: Mapping[str, Any], audited: list[Mapping[str, Any]]) -> l
         if shares
         else ""
     )
-    return [
-        paragraph,
-        f"{note}Tiles that were not computed are not time saved: choosing them costs time too.",
-    ]
+    text.append(f"{note}Tiles that were not computed are not time saved: choosing them costs too.")
+    return text
+
+
+def _not_finite(nodes: int) -> str:
+    if not nodes:
+        return ""
+    are = "node has" if nodes == 1 else "nodes have"
+    return f"{nodes} filtered {are} no recall: NaN or infinity was among the model's numbers."
+
+
+def _errors(audited: list[Mapping[str, Any]]) -> str:
+    """Of the output: in the mean, and where it is largest."""
+    known = [node for node in audited if node["audit"]["error"] is not None]
+    if not known:
+        return ""
+    mean = sum(node["audit"]["error"] for node in known) / len(known)
+    worst = max(known, key=lambda node: node["audit"]["error"])
+    low, high = worst["audit"]["error_interval"]
+    return (
+        f"Measured on the same sample against exact attention, their output was off by"
+        f" {100 * mean:.1f} % of its size in the mean, and most in {_name(worst)}:"
+        f" {100 * worst['audit']['error']:.1f} % (95 % interval {100 * low:.1f} to"
+        f" {100 * high:.1f} %)."
+    )
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return f"{node['path'] or '(unnamed)'}#{node['ordinal']}"

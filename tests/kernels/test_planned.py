@@ -21,7 +21,7 @@ from kernel_cases import (
     on_device,
     tie_margin,
 )
-from support import Case, Inputs, by_element, control, oracle, same_bits, visible_tiles
+from support import Case, Inputs, by_element, control, same_bits, visible_tiles
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch

@@ -4,10 +4,14 @@
   const SVG = "http://www.w3.org/2000/svg";
   const DENSITY = [[247, 251, 255], [107, 174, 214], [8, 48, 107]];
   const RECALL = [[140, 45, 4], [254, 153, 41], [255, 255, 229]];
+  const ERROR = [[255, 255, 240], [240, 130, 140], [110, 10, 50]];
+  const BARS = { density: "#3a7fc0", recall: "#d9822b", error: "#b5385a" };
   const WORST = 5;
 
   const byId = (id) => document.getElementById(id);
-  const fixed = (value, digits = 3) => value.toFixed(digits);
+  // What was not finite is null.
+  const fixed = (value, digits = 3) => (value === null ? "not finite" : value.toFixed(digits));
+  const calls = (field) => data.nodes.flatMap((node) => node[field]).filter((v) => v !== null);
 
   function html(tag, attributes = {}, ...children) {
     const element = document.createElement(tag);
@@ -83,8 +87,8 @@
       groups.get(key).columns.push({ index, step: pass.step });
     });
     const models = new Set(data.passes.map((pass) => pass.model)).size;
-    const all = data.nodes.flatMap((node) => node.recalls);
-    const least = all.length ? Math.min(...all) : 0;
+    const least = calls("recalls").reduce((a, b) => Math.min(a, b), 1);
+    const most = calls("errors").reduce((a, b) => Math.max(a, b), 0);
     for (const group of groups.values()) {
       const nodes = data.nodes.filter((node) => node.model === group.model);
       const names = [models > 1 ? group.model : "", group.branch].filter(Boolean).join(", ");
@@ -93,6 +97,7 @@
       pair.append(
         heatMap("Density", nodes, group.columns, "densities", DENSITY, 0, 1),
         heatMap("Achieved recall", nodes, group.columns, "recalls", RECALL, least, 1),
+        heatMap("Error of the output", nodes, group.columns, "errors", ERROR, 0, most),
       );
       byId("heat-maps").append(pair);
       byId("heat").hidden = false;
@@ -116,10 +121,10 @@
         const call = node.passes.indexOf(column.index);
         if (call < 0) return;
         const value = node[field][call];
-        const share = high > low ? (value - low) / (high - low) : 1;
+        const share = high > low ? (value - low) / (high - low) : low === 0 ? 0 : 1;
         const rect = svg("rect", {
           x: left + i * cell.width, y, width: cell.width, height: cell.height,
-          fill: colour(scale, share), stroke: "#fff", "stroke-width": 0.5,
+          fill: value === null ? "#999" : colour(scale, share), stroke: "#fff", "stroke-width": 0.5,
         });
         const text = `${node.name}, step ${column.step}: ${title.toLowerCase()} ${fixed(value)}`;
         rect.append(svg("title", {}, text));
@@ -141,6 +146,9 @@
     return html("figure", {}, picture);
   }
 
+  // Enough to tell the parts of a scale apart.
+  const digits = (span) => (span > 0 ? Math.max(2, Math.ceil(1 - Math.log10(span))) : 2);
+
   function legend(x, y, scale, low, high) {
     const parts = 40;
     const bars = Array.from({ length: parts }, (_, i) =>
@@ -151,32 +159,34 @@
     return [
       ...bars,
       svg("rect", { x, y, width: 3 * parts, height: 9, fill: "none", stroke: "#d9dee5" }),
-      svg("text", { x, y: y + 22 }, fixed(low, 2)),
-      svg("text", { x: x + 3 * parts, y: y + 22, "text-anchor": "end" }, fixed(high, 2)),
+      svg("text", { x, y: y + 22 }, fixed(low, digits(high - low))),
+      svg("text", { x: x + 3 * parts, y: y + 22, "text-anchor": "end" }, fixed(high, digits(high - low))),
     ];
   }
 
   function distributions() {
     if (!data.nodes.length) return;
-    const densities = data.nodes.flatMap((node) => node.densities);
-    const recalls = data.nodes.flatMap((node) => node.recalls);
+    const recalls = calls("recalls");
     const targets = [...new Set(data.nodes.map((node) => node.target))];
+    // To twentieths, so that its ticks are round; errors have no natural end.
+    const low = Math.max(0, Math.floor(Math.min(1, ...targets, recalls.reduce((a, b) => Math.min(a, b), 1)) * 20) / 20);
+    const high = calls("errors").reduce((a, b) => Math.max(a, b), 1e-6);
     byId("histograms").append(
-      histogram("Density", densities, 0, "#3a7fc0", []),
-      histogram("Achieved recall", recalls, Math.min(...recalls, ...targets), "#d9822b", targets),
+      histogram("Density", calls("densities"), [0, 1], BARS.density, []),
+      histogram("Achieved recall", recalls, [Math.min(low, 0.95), 1], BARS.recall, targets),
+      histogram("Error of the output", calls("errors"), [0, high], BARS.error, []),
     );
     byId("distributions").hidden = false;
   }
 
-  function histogram(title, values, from, fill, marks) {
+  function histogram(title, values, [low, high], fill, marks) {
     const [left, top, width, height, bins] = [44, 26, 400, 150, 25];
-    const low = Math.max(0, Math.floor(from * 20) / 20);
-    const span = Math.max(1 - low, 0.05);
+    const span = high - low;
     const counts = new Array(bins).fill(0);
     for (const value of values) {
       counts[Math.max(0, Math.min(bins - 1, Math.floor(((value - low) / span) * bins)))] += 1;
     }
-    const most = Math.max(...counts);
+    const most = Math.max(1, ...counts);
     const picture = svg("svg", {
       width: left + width + 20, height: top + height + 34, role: "img", "aria-label": title,
       viewBox: `0 0 ${left + width + 20} ${top + height + 34}`,
@@ -184,7 +194,7 @@
     picture.append(svg("text", { x: left, y: 14, "font-weight": 600 }, title));
     counts.forEach((count, i) => {
       const size = (count / most) * height;
-      const edges = [i, i + 1].map((edge) => fixed(low + (edge / bins) * span, 2));
+      const edges = [i, i + 1].map((edge) => fixed(low + (edge / bins) * span, digits(span)));
       const bar = svg("rect", {
         x: left + (i / bins) * width + 0.5, y: top + height - size,
         width: width / bins - 1, height: size, fill,
@@ -200,7 +210,7 @@
     );
     for (let i = 0; i <= 5; i += 1) {
       const x = left + (i / 5) * width;
-      const text = fixed(low + (i / 5) * span, 2);
+      const text = fixed(low + (i / 5) * span, digits(span));
       picture.append(svg("text", { x, y: top + height + 15, "text-anchor": "middle" }, text));
     }
     for (const mark of marks) {
@@ -226,7 +236,7 @@
       const interval = node.interval.map((end) => fixed(end)).join(" .. ");
       const text =
         ` recall ${fixed(node.recall)} (95 % interval ${interval}),` +
-        ` target ${fixed(node.target)}, density ${fixed(node.density)}`;
+        ` target ${fixed(node.target)}, error ${fixed(node.error, 4)}, density ${fixed(node.density)}`;
       card.append(html("p", {}, html("code", {}, node.name), text));
       if (node.recalls.length > 1) card.append(curve(node));
       byId("worst-nodes").append(card);
@@ -249,16 +259,16 @@
         svg("text", { x: left - 6, y: y(edge) + 4, "text-anchor": "end" }, String(edge)),
       );
     }
-    const labels = [["recall", node.recalls, "#d9822b"], ["density", node.densities, "#3a7fc0"]];
+    const labels = [["recall", node.recalls, BARS.recall], ["density", node.densities, BARS.density]];
     const ends = labels.map(([, values]) => y(values[values.length - 1]) + 4);
     if (Math.abs(ends[0] - ends[1]) < 12) ends[1] = ends[0] + (ends[1] < ends[0] ? -12 : 12);
     labels.forEach(([name, values, stroke], i) => {
       const x = (at) => left + (at / (values.length - 1)) * width;
-      const points = values.map((value, at) => `${x(at)},${y(value)}`).join(" ");
+      const points = values.flatMap((value, at) => (value === null ? [] : `${x(at)},${y(value)}`));
       const text = svg("text", { x: left + width + 8, y: ends[i] }, name);
       text.style.fill = stroke;
       picture.append(
-        svg("polyline", { points, fill: "none", stroke, "stroke-width": 1.8 }),
+        svg("polyline", { points: points.join(" "), fill: "none", stroke, "stroke-width": 1.8 }),
         text,
       );
     });
