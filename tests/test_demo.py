@@ -22,6 +22,7 @@ from cef_compile.demo.outcome import Outcome, Quality
 from cef_compile.demo.settings import Settings, SettingsError
 from cef_compile.report import Report
 from cef_compile.report.environment import environment
+from cef_compile.report.record import MEANS
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -265,7 +266,7 @@ class TestOutcome:
         outcome.write(tmp_path)
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["quality"]["floor"] == {"psnr_db": None, "ssim": 1.0}
-        assert report["mean"] == {"recall": 0.9, "density": 0.5}
+        assert report["mean"] == {"recall": 0.9, "error": 0.1, "density": 0.5}
         assert report["settings"]["tokens"] == 2048
         assert report["environment"]["versions"]["torch"] == environment()["versions"]["torch"]
         text = (tmp_path / "report.txt").read_text()
@@ -275,8 +276,7 @@ class TestOutcome:
         assert "dense: short" in text
 
     def test_nothing_filtered_is_null_in_json(self, tmp_path: Path) -> None:
-        outcome = self.outcome(
-            tmp_path, {"recall": math.nan, "density": math.nan, "passes": [], "nodes": []}
-        )
-        assert outcome.to_dict()["mean"] == {"recall": None, "density": None}
+        nothing = dict.fromkeys(MEANS, math.nan)
+        outcome = self.outcome(tmp_path, {**nothing, "passes": [], "nodes": []})
+        assert outcome.to_dict()["mean"] == dict.fromkeys(MEANS)
         assert "no node was filtered" in str(outcome)
