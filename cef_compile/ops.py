@@ -93,6 +93,14 @@ def pooled(parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
     weight = weight / weight.sum()
     whole = (weight * stacked).sum(0)
     whole[c.MEASURE_STDERR] = (weight * stacked)[:, c.MEASURE_STDERR].norm()
+    # Squares of errors add up by the energy of the output that they are relative to.
+    error, stderr = stacked[:, c.MEASURE_ERROR], stacked[:, c.MEASURE_ERROR_STDERR]
+    energy = weight[:, 0] * stacked[:, c.MEASURE_NORM]
+    energy = energy / energy.sum()
+    wrong = torch.where(error == 0, 0, energy * error.square())
+    whole[c.MEASURE_ERROR] = wrong.sum().sqrt()
+    slope = torch.where(error == 0, 0, energy * error / whole[c.MEASURE_ERROR])
+    whole[c.MEASURE_ERROR_STDERR] = (slope * stderr).norm()
     thresholds = stacked[:, c.MEASURE_LOG2_THRESHOLD]
     whole[c.MEASURE_LOG2_THRESHOLD] = torch.where(
         (thresholds == thresholds[0]).all(), thresholds[0], torch.nan

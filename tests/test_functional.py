@@ -474,7 +474,7 @@ class TestNumbers:
     def test_measures(self) -> None:
         read = ops.Measures.of(torch.tensor([0.25, 0.5, 0.75, 0.125, -3.0, 0.375, 0.0625]))
         assert read == ops.Measures(0.25, 0.5, 0.75, 0.125, 0.125, 0.375, 0.0625)
-        assert math.isnan(ops.Measures.of(torch.full((7,), math.nan)).threshold)
+        assert math.isnan(ops.Measures.of(torch.full((8,), math.nan)).threshold)
 
     @given(
         cases_=st.lists(cases(mask="none"), min_size=1, max_size=4),

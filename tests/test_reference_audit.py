@@ -17,10 +17,8 @@ from cef_compile.kernels import reference as ref
 Z_95 = 1.96
 
 
-def audit(
-    x: Inputs, lse: Tensor, seed: int = 0, out: Tensor | None = None
-) -> tuple[float, float, float, float]:
-    """Recall and error, each with its standard error."""
+def audit(x: Inputs, lse: Tensor, seed: int = 0, out: Tensor | None = None) -> tuple[float, ...]:
+    """Recall and error, each with its standard error, and the norm."""
     out = oracle(x).out if out is None else out
     found = ref.audit(x.q, x.k, x.v, out, lse, torch.tensor(float(seed)), **x.options)
     return tuple(value.item() for value in found)
@@ -208,7 +206,8 @@ class TestAudit:
         assert same_bits(a.histogram, b.histogram)
         others = [c.MEASURE_DENSITY, c.MEASURE_ESTIMATE, c.MEASURE_LOG2_THRESHOLD]
         assert same_bits(a.measures[others], b.measures[others])
-        audited = [c.MEASURE_RECALL, c.MEASURE_STDERR, c.MEASURE_ERROR, c.MEASURE_ERROR_STDERR]
+        audited = [c.MEASURE_RECALL, c.MEASURE_STDERR]
+        audited += [c.MEASURE_ERROR, c.MEASURE_ERROR_STDERR, c.MEASURE_NORM]
         assert a.measures[audited].isnan().all()
         assert sorted(others + audited) == list(range(c.MEASURE_SIZE))
 
@@ -218,7 +217,7 @@ class TestAudit:
         x = x.replace(q=x.q[:, :, :q_len], k=x.k[:, :, :kv_len], v=x.v[:, :, :kv_len])
         lse = torch.full((1, 1, q_len), -torch.inf, dtype=torch.float64)
         out = torch.zeros(1, 1, q_len, 8, dtype=torch.float64)
-        assert audit(x, lse, out=out) == (1.0, 0.0, 0.0, 0.0)
+        assert audit(x, lse, out=out) == (1.0, 0.0, 0.0, 0.0, 0.0)
 
     def test_hidden_batch_elements_do_not_count(self) -> None:
         x = Case(batch=2, q_len=200, kv_len=65).make()
@@ -307,9 +306,13 @@ class TestError:
         x = case.make()
         total = case.batch * case.heads * c.tiles(case.q_len, c.BLOCK_M)
         out = self.wrong(x, torch.full((total,), error, dtype=torch.float64))
-        _, _, found, stderr = audit(x, oracle(x).lse, seed, out)
+        _, _, found, stderr, norm = audit(x, oracle(x).lse, seed, out)
         rounding = 1e-7 + 1e3 * oracle(x).rounding.amax().item()
         assert found == pytest.approx(error, rel=1e-6, abs=rounding)
+        if total == c.audit_samples(total, c.tiles(case.kv_len, c.BLOCK_N)):
+            rows = case.batch * case.heads * case.q_len
+            wanted = oracle(x).out.square().sum().item() / rows
+            assert norm == pytest.approx(wanted, rel=1e-6 + rounding)
         assert stderr == 0
 
     @given(power=st.integers(-40, 40), error=st.floats(0.01, 1))
@@ -318,14 +321,15 @@ class TestError:
         errors = error * tile_recalls(3)
         scaled = x.replace(v=x.v * 2.0**power)
         lse = oracle(x).lse
-        same = audit(x, lse, out=self.wrong(x, errors))
-        assert audit(scaled, lse, out=self.wrong(scaled, errors)) == same
+        *same, norm = audit(x, lse, out=self.wrong(x, errors))
+        found = audit(scaled, lse, out=self.wrong(scaled, errors))
+        assert found == (*same, norm * 4.0**power)
 
     def test_what_is_exactly_right_and_what_should_be_nothing(self) -> None:
         x = Case(q_len=130, kv_len=9).make()
         nothing = x.replace(v=torch.zeros_like(x.v))
         lse, zero = oracle(x).lse, torch.zeros_like(oracle(x).out)
-        assert audit(nothing, lse, out=zero)[2:] == (0.0, 0.0)
+        assert audit(nothing, lse, out=zero)[2:] == (0.0, 0.0, 0.0)
         assert audit(nothing, lse, out=zero + 1)[2] == math.inf
 
     def test_nan_is_not_hidden(self) -> None:

@@ -149,7 +149,7 @@ class TestAudit:
         names = [("M", "b", 0), ("M", "a", 0), ("M", "a", 1), ("N", "a", 0), ("M", "b", 0)]
         for model, path, ordinal in names:
             node = replace(NODE, path=path, ordinal=ordinal)
-            audit.add(model, node, Decision(0.9), torch.zeros(7))
+            audit.add(model, node, Decision(0.9), torch.zeros(8))
         found = [(n.model, n.path, n.ordinal, n.calls) for n in audit.nodes]
         assert found == [("M", "b", 0, 2), ("M", "a", 0, 1), ("M", "a", 1, 1), ("N", "a", 0, 1)]
 
@@ -201,7 +201,7 @@ class TestAudit:
         for mask in runs:
             nodes = [i for i in range(4) if mask >> i & 1]
             for i in nodes:
-                audit.add("Wan", replace(NODE, ordinal=i), Decision(0.9), torch.zeros(7))
+                audit.add("Wan", replace(NODE, ordinal=i), Decision(0.9), torch.zeros(8))
                 if not expected or i in expected[-1]:
                     expected.append([])
                 expected[-1].append(i)
@@ -212,7 +212,7 @@ class TestAudit:
     def test_passes_of_two_models_are_counted_apart(self) -> None:
         audit = Audit()
         for model in ("high", "low", "high"):
-            audit.add(model, NODE, Decision(0.9), torch.zeros(7))
+            audit.add(model, NODE, Decision(0.9), torch.zeros(8))
         passes = [(p.model, p.step) for p in audit.passes]
         assert passes == [("high", "0"), ("low", "0"), ("high", "1")]
         assert [node.passes for node in audit.nodes] == [(0, 2), (1,)]
@@ -236,7 +236,7 @@ class TestAudit:
                 audit.label(step, branch)  # saying it again changes nothing
                 for ordinal in range(2):
                     node = replace(NODE, ordinal=ordinal)
-                    audit.add("Wan", node, Decision(0.9), torch.zeros(7))
+                    audit.add("Wan", node, Decision(0.9), torch.zeros(8))
         passes = [(p.step, p.branch) for p in audit.passes]
         assert passes == [("0", "text"), ("0", "no text"), ("1", "text"), ("1", "no text")]
         assert all(node.passes == (0, 1, 2, 3) for node in audit.nodes)
@@ -244,9 +244,9 @@ class TestAudit:
     def test_a_new_label_starts_a_pass_even_if_other_nodes_run(self) -> None:
         audit = Audit()
         audit.label("a")
-        audit.add("Wan", NODE, Decision(0.9), torch.zeros(7))
+        audit.add("Wan", NODE, Decision(0.9), torch.zeros(8))
         audit.label("b")
-        audit.add("Wan", replace(NODE, ordinal=1), Decision(0.9), torch.zeros(7))
+        audit.add("Wan", replace(NODE, ordinal=1), Decision(0.9), torch.zeros(8))
         assert [p.step for p in audit.passes] == ["a", "b"]
 
 

@@ -163,7 +163,7 @@ class TestStructure:
         node = replace(FILTERED, path=HOSTILE)
         audit = Audit()
         audit.label(HOSTILE, HOSTILE)
-        audit.add("Wan", replace(NODE, path=HOSTILE), Decision(0.9), torch.full((7,), 0.5))
+        audit.add("Wan", replace(NODE, path=HOSTILE), Decision(0.9), torch.full((8,), 0.5))
         path = write_html(
             tmp_path / "report.html",
             Report(HOSTILE, [node]),

@@ -39,7 +39,7 @@ def audit(
     warps: int,
     stages: int,
 ) -> None:
-    """Write achieved recall, error and their standard errors into ``measures``.
+    """Write achieved recall, error, their standard errors and the norm into ``measures``.
 
     Args:
         q: ``[B, H, q_len, D]``; k ``[B, Hk, kv_len, D]``; v ``[B, Hk, kv_len, Dv]``; any strides.
@@ -128,6 +128,7 @@ def audit(
         STDERR=c.MEASURE_STDERR,
         ERROR=c.MEASURE_ERROR,
         ERROR_STDERR=c.MEASURE_ERROR_STDERR,
+        NORM=c.MEASURE_NORM,
         BLOCK=_MEAN_BLOCK,
         num_warps=_WARPS,
     )
@@ -325,6 +326,7 @@ def _mean(
     STDERR: tl.constexpr,
     ERROR: tl.constexpr,
     ERROR_STDERR: tl.constexpr,
+    NORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: means over rows, and standard errors from the spread between query tiles."""
@@ -370,3 +372,4 @@ def _mean(
     error_stderr = tl.sqrt(ratio_spread / free * unseen * tiles) / (2 * error)
     tl.store(measures + ERROR, error)
     tl.store(measures + ERROR_STDERR, tl.where(error == 0, 0.0, error_stderr))
+    tl.store(measures + NORM, size / tl.maximum(rows, 1.0))

@@ -69,7 +69,9 @@ MEASURE_ERROR: Final = 5
 """measures[5]: audited error of the output, ||out - exact|| / ||exact||; NaN if not audited."""
 MEASURE_ERROR_STDERR: Final = 6
 """measures[6]: standard error of measures[5]."""
-MEASURE_SIZE: Final = 7
+MEASURE_NORM: Final = 7
+"""measures[7]: mean square of a sampled row of exact output: the weight of a part's error."""
+MEASURE_SIZE: Final = 8
 
 AUDIT_FRACTION: Final = 0.005
 """Share of the query tiles whose exact attention an audit computes: its share of dense work."""

@@ -127,9 +127,9 @@ def assert_audit(got: launch.Output, x: Inputs, seed: int) -> ref.Audited:
     y = x.to(torch.float64)
     out, lse = got.out.cpu().double(), got.lse.cpu().double()
     wanted = ref.audit(y.q, y.k, y.v, out, lse, torch.tensor(seed), **y.options)
-    recall, stderr, error, error_stderr = got.measures.cpu()[
-        [c.MEASURE_RECALL, c.MEASURE_STDERR, c.MEASURE_ERROR, c.MEASURE_ERROR_STDERR]
-    ].tolist()
+    places = [c.MEASURE_RECALL, c.MEASURE_STDERR]
+    places += [c.MEASURE_ERROR, c.MEASURE_ERROR_STDERR, c.MEASURE_NORM]
+    recall, stderr, error, error_stderr, norm = got.measures.cpu()[places].tolist()
     dense = oracle(x)
     rounding = float(dense.rounding.max()) if x.q.numel() else 0.0
     assert recall == pytest.approx(wanted.recall.item(), abs=rounding + 1e-6)
@@ -140,6 +140,9 @@ def assert_audit(got: launch.Output, x: Inputs, seed: int) -> ref.Audited:
     rows = math.prod(x.q.shape[:3])
     size = float(torch.where((dense.lse == -torch.inf)[..., None], 0, dense.out).norm())
     moved = (rounding + torch.finfo(x.q.dtype).eps) * largest * math.sqrt(rows * x.v.shape[3])
+    seen_rows = max(int((dense.lse != -torch.inf).sum()), 1)
+    slack = 2 * moved * (size + moved) / seen_rows
+    assert norm == pytest.approx(wanted.norm.item(), rel=1e-5, abs=slack)
     if size > 0:
         assert error == pytest.approx(wanted.error.item(), rel=1e-5, abs=moved / size)
         assert error_stderr == pytest.approx(

@@ -21,12 +21,14 @@ class Audited(NamedTuple):
         error: ``||out - exact|| / ||exact||`` over all sampled rows, with the exact attention
             output for ``exact``: 0 where they are the same, infinite where only the latter is 0.
         error_stderr: its standard error, as of a ratio of two means (the delta method).
+        norm: mean square of a sampled row of the exact output.
     """
 
     recall: Tensor
     stderr: Tensor
     error: Tensor
     error_stderr: Tensor
+    norm: Tensor
 
     def write(self, measures: Tensor, *, recall: bool = True) -> None:
         """Into a call's measures; without the recall where it is known exactly already."""
@@ -34,6 +36,7 @@ class Audited(NamedTuple):
             measures[c.MEASURE_RECALL], measures[c.MEASURE_STDERR] = self.recall, self.stderr
         measures[c.MEASURE_ERROR] = self.error
         measures[c.MEASURE_ERROR_STDERR] = self.error_stderr
+        measures[c.MEASURE_NORM] = self.norm
 
 
 def audit(
@@ -60,7 +63,7 @@ def audit(
     samples = c.audit_samples(total, c.tiles(k.shape[2], c.BLOCK_N))
     one, zero = lse.new_ones(()), lse.new_zeros(())
     if samples == 0:
-        return Audited(one, zero, zero, zero)
+        return Audited(one, zero, zero, zero, zero)
     picks = c.audit_tiles(total, samples, seed)
     group = heads // k.shape[1]
     mask = full_key_mask(k, key_mask)
@@ -77,7 +80,7 @@ def audit(
             wrong.append((out[b, h, at].to(exact.dtype) - exact).square().sum())
             size.append(exact.square().sum())
     if not recalls:
-        return Audited(one, zero, zero, zero)
+        return Audited(one, zero, zero, zero, zero)
     spread = math.sqrt((1 - samples / total) / len(recalls))
     means = torch.stack([rows.mean() for rows in recalls])
     squared, norm = torch.stack(wrong), torch.stack(size)
@@ -89,6 +92,7 @@ def audit(
         _deviation(means) * spread,
         error,
         torch.where(error == 0, 0, off / (2 * error)),
+        norm.sum() / sum(rows.numel() for rows in recalls),
     )
 
 
