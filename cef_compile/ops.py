@@ -238,7 +238,7 @@ def unsupported(node: AttentionNode) -> tuple[Reason, str] | None:
     most = limits.max_head_dim
     if node.dtype == torch.float32:
         most = limits.max_head_dim_fp32
-    for dim in {node.head_dim, node.v_shape[-1]}:
+    for dim in (node.head_dim, node.v_shape[-1]):  # symbolic ones cannot be hashed
         if dim % limits.head_dim_multiple or not 0 < dim <= most:
             return Reason.HEAD_DIM, (
                 f"head_dim {dim}; {node.device.type} takes multiples of"

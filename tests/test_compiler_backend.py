@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -505,6 +506,28 @@ def test_two_resolutions_compile_at_most_once_each(inner: str) -> None:
         x = models.tokens(length)
         assert_close(compiled(x), model(x))
     assert len(graphs) <= 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda q, k: q.shape[-1] ** -0.5,
+        lambda q, k: 1 / math.sqrt(q.shape[-1]),
+        lambda q, k: math.log(k.shape[-2]) / 20,  # another at every length
+    ],
+)
+def test_a_scale_that_follows_from_dynamic_sizes(scale) -> None:
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale(q, k))
+
+    backend = cef_compile.backend(policy=lambda node: 1.0, inner="eager", min_kv_len=0)
+    compiled = torch.compile(function, backend=backend, dynamic=True)
+    for length in (128, 160, 128):
+        q, k, v = torch.randn(3, 1, 2, length, 8)
+        assert_close(compiled(q, k, v), function(q, k, v))
+    assert all(node.decision == "filtered" for node in backend.report.nodes)
+    assert sum(node.calls for node in backend.report.nodes) == 3
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cef_compile.graph.patterns import Match, View, find_matches
+from cef_compile.graph.patterns import Match, View, find_matches, masks
 from cef_compile.graph.patterns.calls import fake_value
 from cef_compile.graph.tokens import attention_kind
 from cef_compile.policy import AttentionNode, MaskKind, Reason
@@ -32,7 +32,9 @@ class Site:
 
     Attributes:
         fx_node: the node that holds its output.
-        arguments: SDPA's arguments by name; FX nodes or constants.
+        arguments: SDPA's arguments by name; FX nodes or constants. "rows" is a mask of
+            queries, whose result is 0 where it is false.
+        scale: factor of the scores, a number or a symbolic one; None for the usual one.
         node: what a policy is told; its path is the one in this graph.
         nested: name of the higher-order operator whose body holds the attention, or None.
         views: by argument, how to look at it to see what SDPA would be given; under "result", how
@@ -44,6 +46,7 @@ class Site:
     fx_node: fx.Node
     arguments: dict[str, Any]
     node: AttentionNode
+    scale: Any = None
     nested: str | None = None
     views: Mapping[str, tuple[View, ...]] = field(default_factory=dict)
     absorbed: frozenset[fx.Node] = frozenset()
@@ -141,20 +144,26 @@ def _site(
         "key": match.key,
         "value": match.value,
         "attn_mask": match.mask,
+        "rows": match.rows,
     }
-    q, k, v, mask = (operand.fake for operand in operands.values())
+    q, k, v, mask, _ = (operand.fake for operand in operands.values())
+    kind_of_mask = mask_kind(mask)
+    problem = match.problem
+    if problem is None and kind_of_mask in ("bool", "float"):
+        problem = Reason.MASK, f"{kind_of_mask} mask, {masks.describe(match.mask.source)}"
     out = fake_value(match.result)
     out = out[0] if isinstance(out, (list, tuple)) else out
     return Site(
         fx_node=match.result,
         arguments={name: operand.source for name, operand in operands.items()},
+        scale=fake_value(match.scale),
         nested=nested,
         views={
             **{name: operand.views for name, operand in operands.items()},
             "result": match.result_views,
         },
         absorbed=match.absorbed,
-        problem=match.problem,
+        problem=problem,
         node=AttentionNode(
             path=path,
             ordinal=ordinal,
@@ -170,7 +179,7 @@ def _site(
             is_causal=bool(match.is_causal),
             dropout_p=_number(match.dropout_p, unknown=math.nan),
             enable_gqa=bool(match.enable_gqa),
-            mask=mask_kind(mask),
+            mask=kind_of_mask,
             kind=attention_kind(
                 match.query.source, match.key.source, joined, (q.shape[-2], k.shape[-2])
             ),
@@ -181,5 +190,8 @@ def _site(
 
 
 def _number(argument: Any, unknown: float) -> float:
-    """A constant argument; ``unknown`` where it is computed in the graph."""
-    return float(argument) if isinstance(argument, (int, float)) else unknown
+    """A constant argument, or the hint of one that follows from sizes; else ``unknown``."""
+    value = fake_value(argument)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return float(value.node.hint) if value.node.has_hint() else unknown
+    return float(value) if isinstance(value, (int, float)) else unknown

@@ -142,12 +142,13 @@ def _replace(
             return None
         for function, args in site.views.get(name, ()):
             argument = emit(function, argument, *args)
-        if name == "attn_mask" or fake_value(argument).dtype == site.node.dtype:
+        if name in ("attn_mask", "rows") or fake_value(argument).dtype == site.node.dtype:
             return argument
         # Under autocast the casts happen inside SDPA, where the op has none.
         return emit(torch.ops.aten.to.dtype, argument, site.node.dtype)
 
-    scale = site.node.scale if site.node.scale is not None else float(site.node.head_dim) ** -0.5
+    # A number from here on: of a symbolic one Dynamo guards the value.
+    scale = float(site.node.head_dim) ** -0.5 if site.scale is None else float(site.scale)
     with graph.inserting_before(old):
         call = emit(
             torch.ops.cef.attention.default,
@@ -157,6 +158,9 @@ def _replace(
             *decision.variant,
         )
         out, histogram, measured = (emit(operator.getitem, call, i) for i in range(3))
+        rows = tensor("rows")
+        if rows is not None:
+            out = emit(torch.ops.aten.where.ScalarOther, rows, out, 0.0)
         for function, args in site.views.get("result", ()):
             out = emit(function, out, *args)
         if _is_viewed(old) and fake_value(old).is_contiguous():

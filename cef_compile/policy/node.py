@@ -84,7 +84,7 @@ class AttentionNode:
         dtype: of the output, which under autocast may differ from that of the inputs.
         device: of the inputs.
         scale: factor of the scores; None means ``head_dim ** -0.5``, NaN that it is computed in the
-            graph.
+            graph from more than sizes.
         is_causal, dropout_p, enable_gqa: as passed to SDPA; dropout_p NaN if computed in the graph.
         mask: "none", "key_padding" (bool, the same for every query and head), "bool" or "float".
         kind: "self", "cross", or "joint" (several token sequences concatenated).

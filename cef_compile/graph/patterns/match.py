@@ -50,6 +50,7 @@ class Match:
         form: how it is written, in a word for reports.
         query, key, value: as ``(B, heads, length, head_dim)`` where the pattern can say so.
         mask: as SDPA's ``attn_mask``.
+        rows: which queries have a result, ``(B or 1, 1, q_len, 1)``; that of the others is 0.
         scale: factor of the scores; None for the usual one, an FX node where it is computed.
         is_causal, dropout_p, enable_gqa: as SDPA's.
         result_views: take ``(B, heads, q_len, head_dim)`` to the form of ``result``.
@@ -63,6 +64,7 @@ class Match:
     key: Operand
     value: Operand
     mask: Operand = NOTHING
+    rows: Operand = NOTHING
     scale: Any = None
     is_causal: Any = False
     dropout_p: Any = 0.0

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cef_compile.graph.patterns import masks
 from cef_compile.graph.patterns.match import Match, Operand
 
 TARGETS: tuple[Callable[..., Any], ...] = (
@@ -46,13 +47,15 @@ def match(node: fx.Node) -> Match | None:
     if node.op != "call_function" or node.target not in TARGETS:
         return None
     arguments = bind(node)
+    mask, rows = masks.split(arguments["attn_mask"])
     return Match(
         result=node,
         form="sdpa",
         query=Operand(arguments["query"]),
         key=Operand(arguments["key"]),
         value=Operand(arguments["value"]),
-        mask=Operand(arguments["attn_mask"]),
+        mask=mask,
+        rows=rows,
         scale=arguments["scale"],
         is_causal=arguments["is_causal"],
         dropout_p=arguments["dropout_p"],
