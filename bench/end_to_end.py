@@ -163,6 +163,11 @@ def measure(name: str, how: str, layers: int, density: float, repeats: int) -> d
     return row
 
 
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is about: a later measurement of it takes its place in the results."""
+    return tuple(row[name] for name in ("model", "compiled", "layers", "density"))
+
+
 def show(row: dict[str, Any]) -> str:
     """A row as a line."""
     return (
@@ -185,20 +190,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--density", type=float, default=0.3)
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "end_to_end.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "end-to-end-h100.json")
     args = parser.parse_args()
-    rows = []
+    known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    rows = {key(row): row for row in known}
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         for name in args.models:
             for how in args.how:
                 layers = args.layers or SHAPES[name].layers
-                rows.append(measure(name, how, layers, args.density, args.repeats))
-                print(show(rows[-1]), flush=True)
+                row = measure(name, how, layers, args.density, args.repeats)
+                rows[key(row)] = {**row, "environment": environment()}
+                print(show(row), flush=True)
                 gc.collect()
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"rows": list(rows.values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -238,6 +238,15 @@ class Study:
         return quality
 
 
+def add_setting(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is sampled."""
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3, help="videos from noise")
+    parser.add_argument("--clips", type=int, default=2)
+
+
 def show(row: dict[str, Any]) -> str:
     """A row as a line."""
     numbers = {key: value for key, value in row.items() if key not in ("method", "parameter")}
@@ -253,11 +262,7 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--parameters", nargs="+", type=float, help="in place of the methods' own")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=3, help="videos from noise")
-    parser.add_argument("--clips", type=int, default=2)
+    add_setting(parser)
     parser.add_argument("--dense-above", type=float, default=1.0, help="noise level of warm-up")
     parser.add_argument("--raster", action="store_true", help="tokens in raster order")
     parser.add_argument(
