@@ -285,9 +285,9 @@ def _listed(
 
     tuning = find_tuning(90, q.shape[3], wide=False)
     assert tuning is not None
-    index = kept.to(torch.uint8).argsort(-1, descending=True, stable=True).to(torch.int16)
+    index = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int16)
     number = kept.sum(-1).to(torch.int32)
-    order = number.argsort(-1, descending=True).to(torch.int32)
+    order = number.argsort(dim=-1, descending=True).to(torch.int32)
     extra: dict[str, Any] = {}
     if again is not None:
         means = centroids(k)
