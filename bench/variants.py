@@ -82,7 +82,7 @@ class Variant:
 
 BASE = Variant(0.9)
 CHANGES: dict[str, dict[str, Any]] = {
-    "base": {},
+    "first pass by own thresholds": {},
     "own threshold of each node": {"source": "own"},
     "first pass dense": {"first": "dense"},
     "threshold of the same branch": {"source": "branch", "first": "dense"},
@@ -383,11 +383,12 @@ def main() -> None:
     known = {(row["variant"], row["target"]) for row in rows}
     wanted = [(name, recall) for name in given.only for recall in given.recalls]
     missing = [row for row in wanted[part::parts] if row not in known]
-    setting = {key: getattr(given, key) for key in ("frames", "size", "steps", "seeds", "clips")}
+    setting = {key: getattr(given, key) for key in ("frames", "size", "steps", "clips")}
     lab = Lab(given)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for name, recall in missing:
         row = lab.row(name, replace(BASE, recall=recall, **CHANGES[name]))
+        row["seeds"] = given.seeds
         rows.append(row)
         cells = [f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float)]
         print(f"{name:36}", "  ".join(cells), flush=True)

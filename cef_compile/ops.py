@@ -111,6 +111,9 @@ def pooled(parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
 def new_control(decision: Decision, device: torch.device, seed: int = 0) -> Tensor:
     """The run-time numbers of a filtered node: ``[CONTROL_SIZE]``, float32.
 
+    A node whose group has yet to find its threshold keeps everything: its plan fills the histogram
+    that the threshold is read off, and the first, noisiest pass decides the composition.
+
     Args:
         decision: a decision that is not dense.
         device: where the node runs.
@@ -120,6 +123,8 @@ def new_control(decision: Decision, device: torch.device, seed: int = 0) -> Tens
     target = decision.density if decision.rule == "top_k" else decision.recall
     assert target is not None, "a dense node has no control"
     fixed = decision.log2_threshold
+    if decision.group is not None and fixed is None:
+        fixed = -math.inf  # a threshold of 0
     values[c.CONTROL_TARGET] = target
     values[c.CONTROL_LOG2_THRESHOLD] = fixed if fixed is not None else 0.0
     values[c.CONTROL_FIXED] = float(fixed is not None)
@@ -160,9 +165,10 @@ def density(measures: Tensor) -> Tensor:
 
 
 def fixed_threshold(control: Tensor) -> float | None:
-    """The threshold that a control fixes; None where each call finds its own. Synchronises."""
+    """The threshold that a control fixes; None where it has yet to be found. Synchronises."""
     values = control.tolist()
-    return 2.0 ** values[c.CONTROL_LOG2_THRESHOLD] if values[c.CONTROL_FIXED] else None
+    threshold = 2.0 ** values[c.CONTROL_LOG2_THRESHOLD]
+    return threshold if values[c.CONTROL_FIXED] and threshold else None
 
 
 def set_controls(controls: list[Tensor], fresh: list[Tensor]) -> None:

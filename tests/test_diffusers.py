@@ -151,11 +151,11 @@ def test_nothing_is_compiled_again() -> None:
     compiled = torch.compile(model, backend=backend)
     pipe = pipeline(diffusers.FlowMatchEulerDiscreteScheduler(), steps=4)
     warm_up = DenseUntil(backend, sigma=0.6)
-    changes = []
+    changes = []  # also not in the first filtered step, which finds the threshold
     for step, timestep in enumerate(pipe.scheduler.timesteps):
         changes.append(not torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-5))
         warm_up(pipe, step, timestep, {})
-    assert changes == [False, False, True, True]
+    assert changes == [False, False, False, True]
     assert len(graphs) == 1
 
 

@@ -58,8 +58,9 @@ class Balanced:
 
     Nodes whose attention is peaked end above the target and diffuse ones below it, which for the
     same number of tiles keeps more of what the picture depends on. The threshold is read off the
-    cumulative-energy histograms of the previous forward pass, on the device; in the first pass
-    every node has the target as its own recall.
+    cumulative-energy histograms of the previous forward pass, on the device. The first pass, which
+    has none before it, keeps every tile and only fills the histograms: from noise that pass decides
+    the composition, and is worth several dB for its small part of the whole run.
 
     Args:
         recall: mean over the filtered nodes of the share of attention energy kept, in (0, 1].

@@ -11,15 +11,26 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[2]
 RESULTS: Final = ROOT / "bench" / "results" / "attention-h100.json"
+VARIANTS: Final = ROOT / "bench" / "results" / "variants-h100.json"
+END_TO_END: Final = ROOT / "bench" / "results" / "end-to-end-h100.json"
 RECALLS: Final = Path(__file__).with_name("recalls.json")
 PAGES: Final = tuple(
-    ROOT / page for page in ("README.md", "docs/kernel-design.md", "docs/choosing-a-recall.md")
+    ROOT / page
+    for page in (
+        "README.md",
+        "docs/kernel-design.md",
+        "docs/choosing-a-recall.md",
+        "docs/quality-study.md",
+    )
 )
+DEFAULT_VARIANT: Final = "first pass dense"
+"""What ``Balanced`` does."""
 PLACE: Final = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Rows = list[dict[str, Any]]
 
@@ -139,6 +150,72 @@ def recalls(_: dict[str, Any]) -> str:
     return markdown(["recall", "delivered", "density", "PSNR dB", "SSIM"], table)
 
 
+def end_to_end(_: dict[str, Any]) -> str:
+    """Whole transformers."""
+    names = {"5b": "TI2V-5B", "a14b": "A14B"}
+    table = [
+        [
+            f"{names[row['model']]}, {row['compiled']}",
+            f"{row['layers']}",
+            f"{row['tokens']}",
+            f"{row['dense_ms']:.0f} ms",
+            f"{row['filtered_ms']:.0f} ms",
+            speed({"speed": row["speedup"]}),
+            f"{row['attention_share_dense']:.0%}",
+            f"{row['dense_first_call_s']:.0f} s, {row['filtered_first_call_s']:.0f} s",
+        ]
+        for row in json.loads(END_TO_END.read_text(encoding="utf-8"))["rows"]
+    ]
+    header = ["Wan 2.2", "layers", "tokens", "dense", "filtered, density 0.3", ""]
+    return markdown([*header, "attention's share, dense", "first call, dense, filtered"], table)
+
+
+def _variants() -> dict[str, dict[float, dict[str, Any]]]:
+    found: dict[str, dict[float, dict[str, Any]]] = {}
+    for row in json.loads(VARIANTS.read_text(encoding="utf-8"))["rows"]:
+        found.setdefault(row["variant"], {})[row["target"]] = row
+    return found
+
+
+def curve(_: dict[str, Any]) -> str:
+    """The default filter by recall: sampled video against dense."""
+    rows = sorted(_variants()[DEFAULT_VARIANT].items(), reverse=True)
+    table = [
+        [f"{target:.2f}", f"{row['recall']:.3f}", f"{row['density']:.3f}",
+         f"{row['noise_psnr']:.1f}", f"{row['clip_psnr']:.1f}"]
+        for target, row in rows
+    ]  # fmt: skip
+    header = ["recall", "delivered", "density", "PSNR dB, from noise", "PSNR dB, real clips"]
+    return markdown(header, table)
+
+
+def variants(_: dict[str, Any]) -> str:
+    """Each variant of the filter beside the default, and what it gains at the same density."""
+    found = _variants()
+    ruler = found[DEFAULT_VARIANT]
+    table = []
+    for name, rows in sorted(found.items(), key=lambda item: item[0] != DEFAULT_VARIANT):
+        for target, row in sorted(rows.items(), reverse=True):
+            if target not in (0.95, 0.9):
+                continue
+            gains = [_gain(ruler, row, kind) for kind in ("noise_psnr", "clip_psnr")]
+            table.append(
+                [name, f"{target:.2f}", f"{row['recall']:.3f}", f"{row['density']:.3f}",
+                 f"{row['noise_psnr']:.1f}", f"{row['clip_psnr']:.1f}", *gains]
+            )  # fmt: skip
+    header = ["variant", "recall", "delivered", "density", "from noise, dB", "clips, dB"]
+    return markdown([*header, "from noise, at equal density", "clips, at equal density"], table)
+
+
+def _gain(ruler: dict[float, dict[str, Any]], row: dict[str, Any], kind: str) -> str:
+    """PSNR over that of the default at the same density, between its measured points."""
+    points = sorted((known["density"], known[kind]) for known in ruler.values())
+    for (d0, p0), (d1, p1) in pairwise(points):
+        if d0 <= row["density"] <= d1:
+            return f"{row[kind] - p0 - (p1 - p0) * (row['density'] - d0) / (d1 - d0):+.1f}"
+    return "outside"
+
+
 TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "about": about,
     "wan": wan,
@@ -147,6 +224,9 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "break_even": break_even,
     "online": online,
     "recalls": recalls,
+    "end_to_end": end_to_end,
+    "curve": curve,
+    "variants": variants,
 }
 
 
