@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cef_compile import ops
 from cef_compile.graph.find import mask_kind
-from cef_compile.policy import AttentionNode, Decision, check_fraction
+from cef_compile.policy import AttentionNode, Decision, check_fraction, check_sizes
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def attention(
     threshold: float | None = None,
     density: float | None = None,
     compensate: bool = False,
+    grid: tuple[int, int, int] | None = None,
+    text: tuple[int, int] = (0, 0),
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """``scaled_dot_product_attention`` over the key tiles that carry the attention energy.
@@ -68,6 +70,11 @@ def attention(
         enable_gqa: allow H to be a multiple of Hk.
         recall: wanted share of the attention energy, mean over all rows, in (0, 1].
         filter, rule, certify, threshold, density, compensate: see :class:`Decision`.
+        grid: (frames, height, width) of the tokens of a video or image (1 frame), in raster order.
+            Tiles are then cut as cubes of the grid, which need fewer of them for the same recall;
+            the result is what it would be otherwise, up to which tiles are dropped.
+        text: numbers of tokens before and after those of the grid. They have tiles of their own,
+            which are kept for every query, and their queries attend to every key.
         return_stats: return what was done as well, the achieved recall measured on a sample.
 
     Returns:
@@ -131,6 +138,7 @@ def attention(
         raise ValueError(f"cannot filter this attention: {reason} ({detail}). {remedy}".rstrip())
     if attn_mask is not None:
         _check_mask(attn_mask, node)
+    layout = _layout(grid, text, node)
     control = ops.new_control(decision, query.device)
     out, _, measures = ops.attention(
         query,
@@ -141,6 +149,7 @@ def attention(
         int(ops.Phase.AUDITED if return_stats else ops.Phase.FILTERED),
         float(node.head_dim) ** -0.5 if scale is None else float(scale),
         *decision.variant,
+        layout,
     )
     if not return_stats:
         return out
@@ -166,6 +175,25 @@ def _mismatch(node: AttentionNode) -> tuple[str, str] | None:
     if q[3] != k[3]:
         return "query and key differ in head_dim", f"query {q}, key {k}"
     return None
+
+
+def _layout(
+    grid: tuple[int, int, int] | None, text: tuple[int, int], node: AttentionNode
+) -> list[int]:
+    """The op's layout for a grid and the text beside it."""
+    before, after = check_sizes("text", text, 2, least=0)
+    if grid is None and not before + after:
+        return []
+    if grid is None:  # a line: raster order, with the text apart
+        grid = (1, 1, node.kv_len - before - after)
+    frames, height, width = check_sizes("grid", grid, 3, least=1)
+    tokens = before + frames * height * width + after
+    if not tokens == node.q_len == node.kv_len:
+        raise ValueError(
+            f"grid {tuple(grid)} and text {tuple(text)} make {tokens} tokens, but there are"
+            f" {node.q_len} queries and {node.kv_len} keys"
+        )
+    return [before, frames, height, width, after]
 
 
 def _check_mask(mask: Tensor, node: AttentionNode) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import reference
+from cef_compile.kernels.order import Layout
 from cef_compile.policy import AttentionNode, Decision, Reason
 
 # What tests, benches and the run time need of the plan's layout, so that they need no kernel file.
@@ -186,24 +187,40 @@ def next_seeds(controls: list[Tensor]) -> None:
 
 
 def kept_tiles(
-    q: Tensor, k: Tensor, attn_mask: Tensor | None, control: Tensor, *, scale: float, rule: str
+    q: Tensor,
+    k: Tensor,
+    attn_mask: Tensor | None,
+    control: Tensor,
+    *,
+    scale: float,
+    rule: str,
+    layout: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """The tile pairs that ``filter="planned"`` keeps, by the PyTorch reference on any device.
 
     Args:
         q, k, attn_mask: as the op's; planned head by head, to bound the workspace.
         control: with a fixed threshold, since the whole node's histogram is never made.
-        scale, rule: as the op's.
+        scale, rule, layout: as the op's.
 
     Returns:
-        kept bool ``[B, H, Tm, Tn]``, and bool ``[B, Tn]``: tiles with a visible key.
+        kept bool ``[B, H, Tm, Tn]``, and bool ``[B, Tn]``: tiles with a visible key; of the token
+        order, where there is one.
     """
     key_mask = _key_mask(attn_mask, q, k)
     group = q.shape[1] // k.shape[1]
+    places = reference.Places.of(Layout.of(layout, q.shape[2], k.shape[2]), q.device)
+    mask = places.put_mask(k, key_mask)
     heads = []
     for h in range(q.shape[1]):
-        of_head = k[:, h // group : h // group + 1]
-        planned = reference.plan(q[:, h : h + 1], reference.centroids(of_head, key_mask), scale)
+        of_head = places.put(k[:, h // group : h // group + 1])
+        planned = reference.plan(
+            places.put(q[:, h : h + 1]),
+            reference.centroids(of_head, mask),
+            scale,
+            real=places.real,
+            exact=places.exact,
+        )
         heads.append(reference.choose(planned, planned.histogram(), control, rule)[0])
     return torch.cat(heads, 1), planned.visible
 
@@ -285,6 +302,7 @@ def _attention(
     rule: str,
     certify: str,
     compensate: bool,
+    layout: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     if phase == Phase.DENSE:
         # enable_gqa costs a check even where it is not needed.
@@ -299,6 +317,7 @@ def _attention(
         "key_mask": _key_mask(attn_mask, q, k),
         "rule": rule,
         "audited": phase == Phase.AUDITED,
+        "layout": Layout.of(layout, q.shape[2], k.shape[2]),
     }
     if filter == "planned":
         options |= {"compensate": compensate}
@@ -324,6 +343,7 @@ def _(
     rule: str,
     certify: str,
     compensate: bool,
+    layout: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         reference.new_output(q, v),

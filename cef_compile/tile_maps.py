@@ -107,11 +107,14 @@ class _Watch:
         *,
         scale: float,
         rule: str,
+        layout: Sequence[int],
     ) -> None:
         """One call of the op."""
         assert self.backend is not None, "set before the first call"
         key = self.backend.node_of(control)
-        kept, visible = ops.kept_tiles(q, k, attn_mask, control, scale=scale, rule=rule)
+        kept, visible = ops.kept_tiles(
+            q, k, attn_mask, control, scale=scale, rule=rule, layout=layout
+        )
         self.maps.append(TileMap.of(self.model, *key, kept, visible))
 
 
@@ -123,6 +126,6 @@ class _Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Look at the op's inputs on the way."""
         if target is torch.ops.cef.attention.default:
-            q, k, _, attn_mask, control, _, scale, _, rule, *_ = args
-            self.watch.see(q, k, attn_mask, control, scale=scale, rule=rule)
+            q, k, _, attn_mask, control, _, scale, _, rule, *_, layout = args
+            self.watch.see(q, k, attn_mask, control, scale=scale, rule=rule, layout=layout)
         return super().call_function(target, args, kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
     RECALLS,
@@ -29,6 +29,7 @@ import cef_compile
 from cef_compile import AttentionStats, attention, ops
 from cef_compile.kernels import config as c
 from cef_compile.kernels import reference as ref
+from cef_compile.kernels.order import Layout
 from cef_compile.policy import Decision
 
 options = st.sampled_from(
@@ -307,6 +308,45 @@ ERRORS = [
 ]
 
 
+class TestOrder:
+    X = Case(q_len=205, kv_len=205, kv_heads=2)
+
+    @settings(max_examples=max(8, settings.default.max_examples // 5))
+    @given(case=cases(q_len=210, kv_len=210), chosen=options)
+    def test_at_recall_1(self, case: Case, chosen: dict[str, Any]) -> None:
+        x = case.make()
+        out = call(x, recall=1.0, grid=(5, 5, 8), text=(3, 7), **chosen)
+        dense = oracle(x)
+        assert torch.all((out - dense.out).abs() <= dense.rounding[..., None] * x.v.abs().amax())
+
+    def test_is_the_op_with_a_layout(self) -> None:
+        x = self.X.make(torch.float32)
+        got = call(x, recall=0.6, grid=(5, 5, 8), text=(0, 5))
+        wanted = ref.planned(x.q, x.k, x.v, control(0.6), **x.options, layout=Layout(0, 5, 5, 8, 5))
+        assert torch.equal(got, wanted.out)
+
+    def test_text_without_a_grid(self) -> None:
+        x = self.X.make(torch.float64)
+        got = call(x, recall=0.1, text=(5, 0))
+        assert torch.all((got - oracle(x).out)[:, :, :5].abs() < 1e-9)
+
+    @pytest.mark.parametrize(
+        ("more", "error", "message"),
+        [
+            ({"grid": (5, 5, 8)}, ValueError, r"make 200 tokens, but there are 205 queries"),
+            ({"grid": (5, 41)}, ValueError, "grid must be 3 integers of at least 1"),
+            ({"grid": (0, 5, 41)}, ValueError, "grid must be 3 integers of at least 1"),
+            ({"grid": 205}, TypeError, "grid must be 3 integers"),
+            ({"grid": (1, 5.0, 41)}, TypeError, "grid must be 3 integers"),
+            ({"text": (205, 0)}, ValueError, "grid must be 3 integers of at least 1"),
+            ({"text": (-1, 0)}, ValueError, "text must be 2 integers of at least 0"),
+        ],
+    )
+    def test_refuses(self, more: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            call(self.X.make(torch.float32), **more)
+
+
 class TestErrors:
     @pytest.mark.parametrize(("error", "given_", "says"), ERRORS, ids=lambda v: str(v)[:40])
     def test_say_what_was_got_before_any_work(
@@ -331,10 +371,14 @@ class TestErrors:
 
 
 def arguments(
-    x: Inputs, phase: ops.Phase, decision: Decision, mask: Tensor | None
+    x: Inputs,
+    phase: ops.Phase,
+    decision: Decision,
+    mask: Tensor | None,
+    layout: tuple[int, ...] = (),
 ) -> tuple[Any, ...]:
     numbers = ops.new_control(decision, x.q.device)
-    return (x.q, x.k, x.v, mask, numbers, int(phase), x.scale, *decision.variant)
+    return (x.q, x.k, x.v, mask, numbers, int(phase), x.scale, *decision.variant, list(layout))
 
 
 DECISIONS = {
@@ -369,6 +413,21 @@ class TestOp:
                     arguments(x, phase, DECISIONS[name], mask),
                     test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
                 )
+
+    @by_phase
+    @pytest.mark.parametrize("name", ["planned", "online"])
+    def test_opcheck_of_an_order(self, phase: ops.Phase, name: str) -> None:
+        case = Case(batch=2, kv_heads=2, group=2, q_len=200, kv_len=200, mask="lengths")
+        for x in layouts(case, torch.float32):
+            args = arguments(x, phase, DECISIONS[name], mask_of(x), (6, 4, 6, 8, 2))
+            torch.library.opcheck(
+                torch.ops.cef.attention.default,
+                args,
+                test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+            )
+        bad = arguments(x, ops.Phase.FILTERED, DECISIONS[name], None, (5, 4, 6, 8, 2))
+        with pytest.raises(ValueError, match="199 tokens, but there are 200 queries"):
+            torch.ops.cef.attention(*bad)
 
     def test_opcheck_of_tracing(self) -> None:
         # Of all calls an audited one alone has no NaN among its measures, which opcheck takes for

@@ -156,6 +156,7 @@ def _replace(
             *inputs,
             scale,
             *decision.variant,
+            [],
         )
         out, histogram, measured = (emit(operator.getitem, call, i) for i in range(3))
         rows = tensor("rows")

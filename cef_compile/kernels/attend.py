@@ -32,6 +32,7 @@ def attend(
     k_mean: Tensor | None = None,
     v_mean: Tensor | None = None,
     key_count: Tensor | None = None,
+    tokens: Tensor | None = None,
     descriptors: bool,
     rows: int,
     warps: int,
@@ -47,6 +48,11 @@ def attend(
         kept, k_mean, v_mean, key_count: all four, or none: with them every visible tile that is
             not in ``kept`` takes part as one pseudo-token (its mean key and value, the first
             columns of contiguous ``[B, Hk, Tn, W]``, and log of its number of keys).
+        tokens: int32 ``[length]``, a token order, of
+            :class:`~cef_compile.kernels.centroids.Arranged`. Then k, v, key_mask and all that is
+            counted in tiles are in that order (kv_len is its length), q and the outputs are not:
+            the query at position i of the order is row ``tokens[i]`` of q, out and lse, and there
+            is none where it is -1.
         descriptors: read k and v through TMA descriptors.
         rows, warps, stages: of each program; a query tile is shared by ``BLOCK_M / rows`` of them.
 
@@ -56,7 +62,9 @@ def attend(
     """
     batch, heads, q_len, dim = q.shape
     key_heads, kv_len, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    n_m, n_n = c.tiles(q_len, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
+    positions = q_len if tokens is None else len(tokens)
+    n_m = c.tiles(positions, c.BLOCK_M)
+    n_n = c.tiles(kv_len, c.BLOCK_N)
     out = q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if not lse.numel():
@@ -78,9 +86,11 @@ def attend(
         k_mean if compensate else index,
         v_mean if compensate else index,
         key_count if compensate else index,
+        index if tokens is None else tokens,
         out,
         lse,
         q_len,
+        positions,
         kv_len,
         n_m,
         n_n,
@@ -109,6 +119,7 @@ def attend(
         HAS_MASK=key_mask is not None,
         DESCRIPTORS=descriptors,
         COMPENSATE=compensate,
+        ORDERED=tokens is not None,
         PRECISION=c.DOT_PRECISION if q.dtype == torch.float32 else None,
         STAGES=stages,
         num_warps=warps,
@@ -130,6 +141,7 @@ def _softmax_step(score, top, total, scale2):
 @triton.jit(
     do_not_specialize=[
         "q_len",
+        "positions",
         "kv_len",
         "n_m",
         "n_n",
@@ -153,9 +165,11 @@ def _attend(
     k_mean,
     v_mean,
     key_count,
+    tokens,
     out,
     lse,
     q_len,
+    positions,
     kv_len,
     n_m,
     n_n,
@@ -195,6 +209,7 @@ def _attend(
     HAS_MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     COMPENSATE: tl.constexpr,
+    ORDERED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -213,6 +228,10 @@ def _attend(
     index += row * n_n
 
     at = tile * BLOCK_M + part * ROWS + tl.arange(0, ROWS)
+    real = at < positions
+    if ORDERED:
+        at = tl.load(tokens + at, mask=real, other=-1)
+        real = at >= 0
     dims = tl.arange(0, BLOCK_D)
     value_dims = tl.arange(0, BLOCK_DV)
     within = tl.arange(0, BLOCK_N)
@@ -220,7 +239,7 @@ def _attend(
     k += batch * k_b + key_head.to(tl.int64) * k_h
     v += batch * v_b + key_head.to(tl.int64) * v_h
     where = at.to(tl.int64)[:, None] * q_l + dims.to(tl.int64)[None, :] * q_d
-    rows = tl.load(q + where, mask=(at < q_len)[:, None] & (dims < DIM)[None, :], other=0.0)
+    rows = tl.load(q + where, mask=real[:, None] & (dims < DIM)[None, :], other=0.0)
 
     scale2 = scale * _LOG2E
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -228,10 +247,10 @@ def _attend(
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
 
     # The number of the next tile is read one step ahead: its load would stall every step.
-    after = tl.load(index, mask=listed > 0, other=0).to(tl.int32)
+    coming = tl.load(index, mask=listed > 0, other=0).to(tl.int32)
     for step in tl.range(0, whole, num_stages=STAGES):
-        first = after * BLOCK_N
-        after = tl.load(index + tl.minimum(step + 1, n_n - 1)).to(tl.int32)
+        first = coming * BLOCK_N
+        coming = tl.load(index + tl.minimum(step + 1, n_n - 1)).to(tl.int32)
         if DESCRIPTORS:
             keys = k_desc.load([batch.to(tl.int32), key_head, first, 0])
             keys = tl.reshape(keys, [BLOCK_N, BLOCK_D])
@@ -270,7 +289,7 @@ def _attend(
 
     log_energy = (top + tl.log2(total)) * _LN2
     lse += batch_head.to(tl.int64) * q_len
-    tl.store(lse + at, log_energy, mask=at < q_len)
+    tl.store(lse + at, log_energy, mask=real)
 
     if COMPENSATE:
         means = batch * (heads // heads_per_key_head) + key_head
@@ -297,5 +316,5 @@ def _attend(
     mean = acc / tl.where(total == 0, 1.0, total)[:, None]
     out += batch * out_b + head.to(tl.int64) * out_h
     where = at.to(tl.int64)[:, None] * out_l + value_dims[None, :]
-    used = (at < q_len)[:, None] & (value_dims < VALUE_DIM)[None, :]
+    used = real[:, None] & (value_dims < VALUE_DIM)[None, :]
     tl.store(out + where, mean.to(out.dtype.element_ty), mask=used)

@@ -1,4 +1,7 @@
-"""Step 1 of the planned filter: mean and per-channel variance of every tile, one pass over k."""
+"""Step 1 of the planned filter: mean and per-channel variance of every tile, one pass over k.
+
+With a token order the same pass writes k and v in that order.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels.order import Layout
 
 _WARPS = 4
 
@@ -28,6 +32,25 @@ class Centroids:
 
     stats: Tensor
     count: Tensor
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """Keys and values in the order of their tokens' places (:class:`Layout`), with their centroids.
+
+    Attributes:
+        k, v: contiguous ``[B, Hk, length, D]`` and ``[B, Hk, length, Dv]``, zeros where there is no
+            token.
+        key_mask: bool ``[B or 1, length]``; None where every position holds a visible token.
+        tokens: int32 ``[length]``, the token at each position of the order, -1 where there is none.
+        centroids: of the visible keys.
+    """
+
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    tokens: Tensor
+    centroids: Centroids
 
 
 def centroids(
@@ -72,6 +95,94 @@ def centroids(
     return Centroids(stats, count)
 
 
+def arrange(
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    layout: Layout,
+    *,
+    variance_factor: float | None = None,
+) -> Arranged:
+    """K and v in token order, and the centroids of k's tiles there, in one pass over both.
+
+    Args:
+        k, v: ``[B, Hk, kv_len, D]`` and ``[B, Hk, kv_len, Dv]``, any strides.
+        key_mask: bool ``[B or 1, kv_len]``, any strides.
+        layout: of the kv_len tokens.
+        variance_factor: as for :func:`centroids`.
+    """
+    batch, heads, _, dim = k.shape
+    value_dim = v.shape[3]
+    n_n = c.tiles(layout.length, c.BLOCK_N)
+    cube_frames, cube_height, cube_width = layout.cube
+    block_d = c.padded_dim(dim)
+    width = block_d if variance_factor is None else 2 * block_d
+    new_k = k.new_empty(batch, heads, layout.length, dim)
+    new_v = v.new_empty(batch, heads, layout.length, value_dim)
+    stats = k.new_empty(batch, heads, n_n, width)
+    mask_batch = 1 if key_mask is None else key_mask.shape[0]
+    count = torch.zeros(mask_batch, n_n, dtype=torch.int32, device=k.device)
+    tokens = torch.empty(layout.length, dtype=torch.int32, device=k.device)
+    new_mask = None
+    if key_mask is not None or layout.has_gap:
+        new_mask = torch.zeros(mask_batch, layout.length, dtype=torch.bool, device=k.device)
+    if stats.numel():
+        _arrange[(n_n, heads, batch)](
+            k,
+            v,
+            k if key_mask is None else key_mask,
+            new_k,
+            new_v,
+            count if new_mask is None else new_mask,
+            tokens,
+            stats,
+            count,
+            layout.length,
+            mask_batch,
+            0.0 if variance_factor is None else variance_factor,
+            layout.before,
+            *layout.grid,
+            layout.after,
+            *k.stride(),
+            *v.stride(),
+            0 if key_mask is None or mask_batch == 1 else key_mask.stride(0),
+            0 if key_mask is None else key_mask.stride(1),
+            DIM=dim,
+            VALUE_DIM=value_dim,
+            BLOCK_D=block_d,
+            BLOCK_DV=c.padded_dim(value_dim),
+            BLOCK_M=c.BLOCK_M,
+            BLOCK_N=c.BLOCK_N,
+            CUBE_FRAMES=cube_frames,
+            CUBE_HEIGHT=cube_height,
+            CUBE_WIDTH=cube_width,
+            HAS_MASK=key_mask is not None,
+            WRITE_MASK=new_mask is not None,
+            HAS_VARIANCE=variance_factor is not None,
+            num_warps=_WARPS,
+        )
+    return Arranged(new_k, new_v, new_mask, tokens, Centroids(stats, count))
+
+
+@triton.jit
+def _store_moments(
+    rows, used, seen, stats, at, variance_factor, BLOCK_D: tl.constexpr, HAS_VARIANCE: tl.constexpr
+):
+    """Store mean and scaled variance of a tile's visible rows, fp32; returns how many there are."""
+    found = tl.sum(seen.to(tl.int32), 0)
+    share = 1.0 / tl.maximum(found, 1).to(tl.float32)
+    middle = tl.sum(rows, 0) * share
+    WIDTH: tl.constexpr = 2 * BLOCK_D if HAS_VARIANCE else BLOCK_D
+    dims = tl.arange(0, BLOCK_D)
+    stats += at * WIDTH
+    tl.store(stats + dims, middle.to(stats.dtype.element_ty))
+    if HAS_VARIANCE:
+        off = tl.where(used, rows - middle[None, :], 0.0)
+        spread = tl.sum(off * off, 0) * (share * variance_factor)
+        tl.store(stats + BLOCK_D + dims, spread.to(stats.dtype.element_ty))
+    return found
+
+
 @triton.jit(do_not_specialize=["kv_len", "count_batch"])
 def _centroids(
     x,
@@ -107,15 +218,152 @@ def _centroids(
     at = keys.to(tl.int64)[:, None] * x_l + dims.to(tl.int64)[None, :] * x_d
     rows = tl.load(x + first + at, mask=used, other=0.0).to(tl.float32)
 
-    found = tl.sum(seen.to(tl.int32), 0)
-    share = 1.0 / tl.maximum(found, 1).to(tl.float32)
-    middle = tl.sum(rows, 0) * share
-    WIDTH: tl.constexpr = 2 * BLOCK_D if HAS_VARIANCE else BLOCK_D
-    stats += ((batch.to(tl.int64) * heads + head) * n_n + tile) * WIDTH
-    tl.store(stats + dims, middle.to(stats.dtype.element_ty))
-    if HAS_VARIANCE:
-        off = tl.where(used, rows - middle[None, :], 0.0)
-        spread = tl.sum(off * off, 0) * (share * variance_factor)
-        tl.store(stats + BLOCK_D + dims, spread.to(stats.dtype.element_ty))
+    found = _store_moments(
+        rows, used, seen, stats, (batch.to(tl.int64) * heads + head) * n_n + tile,
+        variance_factor, BLOCK_D, HAS_VARIANCE,
+    )  # fmt: skip
     if head == 0 and batch < count_batch:
         tl.store(count + batch * n_n + tile, found)
+
+
+@triton.jit
+def _token_at(
+    position,
+    before,
+    frames,
+    height,
+    width,
+    after,
+    CUBE_FRAMES: tl.constexpr,
+    CUBE_HEIGHT: tl.constexpr,
+    CUBE_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The token at each ``position`` of an order, int32; -1 where there is none, or past the end.
+
+    :func:`~cef_compile.kernels.order.token_order` as arithmetic: nothing is read and nothing is
+    kept between calls, so that an order works for symbolic sizes and in CUDA graphs.
+    """
+    grid = frames * height * width
+    rest = tl.minimum(position, grid - 1)
+    slab = CUBE_FRAMES * height * width
+    frame = rest // slab * CUBE_FRAMES
+    rest = rest % slab
+    deep = tl.minimum(frames - frame, CUBE_FRAMES)
+    band = deep * CUBE_HEIGHT * width
+    line = rest // band * CUBE_HEIGHT
+    rest = rest % band
+    high = tl.minimum(height - line, CUBE_HEIGHT)
+    cube = deep * high * CUBE_WIDTH
+    column = rest // cube * CUBE_WIDTH
+    rest = rest % cube
+    wide = tl.minimum(width - column, CUBE_WIDTH)
+    frame += rest // (high * wide)
+    line += rest // wide % high
+    column += rest % wide
+    token = before + (frame * height + line) * width + column
+
+    exact = position - (grid + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    beside = tl.where(exact < before, exact, grid + exact)
+    beside = tl.where((exact >= 0) & (exact < before + after), beside, -1)
+    return tl.where(position < grid, token, beside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "length",
+        "mask_batch",
+        "before",
+        "frames",
+        "height",
+        "width",
+        "after",
+    ]
+)
+def _arrange(
+    k,
+    v,
+    key_mask,
+    new_k,
+    new_v,
+    new_mask,
+    tokens,
+    stats,
+    count,
+    length,
+    mask_batch,
+    variance_factor,
+    before,
+    frames,
+    height,
+    width,
+    after,
+    k_b,
+    k_h,
+    k_l,
+    k_d,
+    v_b,
+    v_h,
+    v_l,
+    v_d,
+    mask_b,
+    mask_l,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CUBE_FRAMES: tl.constexpr,
+    CUBE_HEIGHT: tl.constexpr,
+    CUBE_WIDTH: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WRITE_MASK: tl.constexpr,
+    HAS_VARIANCE: tl.constexpr,
+):
+    """One program per (key tile of the order, key head, batch)."""
+    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_n, heads = tl.num_programs(0), tl.num_programs(1)
+    position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = _token_at(
+        position, before, frames, height, width, after,
+        CUBE_FRAMES, CUBE_HEIGHT, CUBE_WIDTH, BLOCK_M,
+    )  # fmt: skip
+    real = token >= 0
+    source = token.to(tl.int64)
+    inside = position < length
+    dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)
+
+    first = batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
+    at = source[:, None] * v_l + value_dims.to(tl.int64)[None, :] * v_d
+    narrow = (value_dims < VALUE_DIM)[None, :]
+    values = tl.load(v + first + at, mask=real[:, None] & narrow, other=0.0)
+    row = (batch.to(tl.int64) * heads + head) * length + position
+    tl.store(
+        new_v + row[:, None] * VALUE_DIM + value_dims[None, :],
+        values,
+        mask=inside[:, None] & narrow,
+    )
+    first = batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
+    at = source[:, None] * k_l + dims.to(tl.int64)[None, :] * k_d
+    narrow = (dims < DIM)[None, :]
+    keys = tl.load(k + first + at, mask=real[:, None] & narrow, other=0.0)
+    tl.store(new_k + row[:, None] * DIM + dims[None, :], keys, mask=inside[:, None] & narrow)
+
+    seen = real
+    if HAS_MASK:
+        at = batch.to(tl.int64) * mask_b + source * mask_l
+        seen = seen & (tl.load(key_mask + at, mask=seen, other=0) != 0)
+    used = seen[:, None] & narrow
+    rows = tl.where(used, keys, 0.0).to(tl.float32)
+    found = _store_moments(
+        rows, used, seen, stats, (batch.to(tl.int64) * heads + head) * n_n + tile,
+        variance_factor, BLOCK_D, HAS_VARIANCE,
+    )  # fmt: skip
+    if head == 0 and batch == 0:
+        tl.store(tokens + position, token, mask=inside)
+    if head == 0 and batch < mask_batch:
+        tl.store(count + batch * n_n + tile, found)
+        if WRITE_MASK:
+            tl.store(new_mask + batch.to(tl.int64) * length + position, seen, mask=inside)

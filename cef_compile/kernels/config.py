@@ -17,6 +17,11 @@ BLOCK_M: Final = 128
 BLOCK_N: Final = 64
 """Keys of a tile: the unit that is kept or dropped."""
 
+VIDEO_CUBE: Final = (4, 4, 4)
+"""Frames, height and width of a cube of video tokens, the content of one key tile."""
+IMAGE_CUBE: Final = (1, 8, 8)
+"""The same where the grid has a single frame."""
+
 PLAN_ROW_STRIDE: Final = 2
 """The plan ranks tiles by every second query row: half its cost, and neighbours attend alike."""
 

@@ -19,9 +19,10 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels import online as _online
 from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
-from cef_compile.kernels.centroids import centroids
+from cef_compile.kernels.centroids import arrange, centroids
 from cef_compile.kernels.descriptor import can_describe
 from cef_compile.kernels.lists import lists, threshold
+from cef_compile.kernels.order import Layout
 from cef_compile.kernels.plan import plan, variance_factor
 from cef_compile.kernels.tuning import Tuning, find_tuning
 
@@ -40,7 +41,8 @@ class Output:
             bin, each summing to 1; zeros for the online filter.
         measures: float32 ``[MEASURE_SIZE]``.
         index: key tiles of each query tile, ``[B, H, Tm, Tn]``; the first ``count`` of a row are
-            valid. None for the online filter.
+            valid. None for the online filter. Tiles are those of the token order, where there is
+            one.
         count: int32 ``[B, H, Tm]``, kept tiles of each query tile.
         row_recall: float32 ``[B, H, q_len]``, the online filter's ledger; None for the planned.
     """
@@ -77,6 +79,7 @@ def planned(
     rule: str = "threshold",
     compensate: bool = False,
     audited: bool = False,
+    layout: Layout | None = None,
 ) -> Output:
     """Filter by a plan made from tile centroids, then attend to the listed tiles.
 
@@ -90,6 +93,8 @@ def planned(
         rule: one of ``PLANNED_RULES``.
         compensate: put dropped tiles back as pseudo-tokens.
         audited: measure achieved recall and error on a sample of query tiles.
+        layout: cut tiles in the order of these tokens, exact ones apart and always kept; None for
+            the order in which they come. It takes a copy of k and v.
 
     Raises:
         ValueError: for inputs outside these limits.
@@ -98,13 +103,21 @@ def planned(
     if rule not in c.PLANNED_RULES:
         raise ValueError(f"rule must be one of {c.PLANNED_RULES}, not {rule!r}")
     tuning = _tuning(q, v)
-    partial = key_mask is not None or k.shape[2] % c.BLOCK_N != 0
-    cents = centroids(k, key_mask, variance_factor=variance_factor(scale))
+    tiled_k, tiled_v, tiled_mask, tokens, exact_tiles = k, v, key_mask, None, None
+    if layout is None:
+        cents = centroids(k, key_mask, variance_factor=variance_factor(scale))
+    else:
+        arranged = arrange(k, v, key_mask, layout, variance_factor=variance_factor(scale))
+        tiled_k, tiled_v, tiled_mask = arranged.k, arranged.v, arranged.key_mask
+        tokens, exact_tiles, cents = arranged.tokens, layout.exact_tiles, arranged.centroids
+    partial = tiled_mask is not None or tiled_k.shape[2] % c.BLOCK_N != 0
     ranked = plan(
         q,
         cents.stats,
         cents.count,
         scale=scale,
+        tokens=tokens,
+        exact_tiles=exact_tiles,
         keep_energy=rule != "threshold",
         group_tiles=tuning.plan_group,
         block_keys=tuning.plan_keys,
@@ -123,21 +136,23 @@ def planned(
         rule=rule,
         partial=partial,
         want_kept=compensate,
+        exact_tiles=exact_tiles,
     )
     out, lse = attend(
         q,
-        k,
-        v,
+        tiled_k,
+        tiled_v,
         listed.index,
         listed.count,
         listed.order,
         scale=scale,
-        key_mask=key_mask,
+        key_mask=tiled_mask,
         kept=listed.kept,
         k_mean=cents.stats if compensate else None,
-        v_mean=centroids(v, key_mask).stats if compensate else None,
+        v_mean=centroids(tiled_v, tiled_mask).stats if compensate else None,
         key_count=cents.count if compensate else None,
-        descriptors=_descriptors(k, v),
+        tokens=tokens,
+        descriptors=_descriptors(tiled_k, tiled_v),
         rows=tuning.attend_rows,
         warps=tuning.attend_warps,
         stages=tuning.attend_stages,
@@ -160,6 +175,7 @@ def online(
     certify: str = "mean",
     bound: bool = False,
     audited: bool = False,
+    layout: Layout | None = None,
 ) -> Output:
     """Filter in one pass over all key tiles, with a ledger of kept and dropped energy.
 
@@ -171,6 +187,7 @@ def online(
             is then a lower bound of the recall.
         audited: measure the error on a sample of query tiles, and where the ledger holds bounds
             the achieved recall too.
+        layout: as for :func:`planned`.
 
     Raises:
         ValueError: for inputs outside these limits.
@@ -181,17 +198,24 @@ def online(
     if certify not in c.CERTIFICATES:
         raise ValueError(f"certify must be one of {c.CERTIFICATES}, not {certify!r}")
     tuning = _tuning(q, v)
+    tiled_k, tiled_v, tiled_mask, tokens, exact_tiles = k, v, key_mask, None, None
+    if layout is not None:
+        arranged = arrange(k, v, key_mask, layout)
+        tiled_k, tiled_v, tiled_mask = arranged.k, arranged.v, arranged.key_mask
+        tokens, exact_tiles = arranged.tokens, layout.exact_tiles
     out, lse, recall, kept, measures = _online.online(
         q,
-        k,
-        v,
+        tiled_k,
+        tiled_v,
         control,
         scale=scale,
-        key_mask=key_mask,
+        key_mask=tiled_mask,
         rule=rule,
         certify=certify,
         bound=bound,
-        descriptors=_descriptors(k, v),
+        tokens=tokens,
+        exact_tiles=exact_tiles,
+        descriptors=_descriptors(tiled_k, tiled_v),
         warps=tuning.online_warps,
         registers=tuning.online_registers,
         eager_stages=tuning.online_eager_stages,

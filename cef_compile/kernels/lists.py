@@ -87,6 +87,7 @@ def lists(
     rule: str,
     partial: bool,
     want_kept: bool,
+    exact_tiles: tuple[int, int] | None = None,
 ) -> Lists:
     """Compact lists of the tiles that a rule keeps.
 
@@ -101,6 +102,8 @@ def lists(
         rule: one of ``PLANNED_RULES``.
         partial: whether a tile may be partly visible.
         want_kept: also return the kept pairs as a mask.
+        exact_tiles: first query tile and first key tile of exact tokens: those and all later ones
+            are kept whatever the rule says.
     """
     batch, heads, n_m, n_n = bins.shape
     device = bins.device
@@ -125,6 +128,7 @@ def lists(
             n_n,
             0 if count.shape[0] == 1 else n_n,
             total,
+            *((n_m, n_n) if exact_tiles is None else exact_tiles),
             RULE=rule,
             PARTIAL=partial,
             WANT_KEPT=want_kept,
@@ -240,7 +244,7 @@ def _row_step(bins, energy, count, at, n_n, RULE: tl.constexpr):
     return bin_, keys, weight
 
 
-@triton.jit(do_not_specialize=["count_b", "total"])
+@triton.jit(do_not_specialize=["count_b", "total", "exact_m", "exact_n"])
 def _lists(
     bins,
     energy,
@@ -254,6 +258,8 @@ def _lists(
     n_n,
     count_b,
     total,
+    exact_m,
+    exact_n,
     RULE: tl.constexpr,
     PARTIAL: tl.constexpr,
     WANT_KEPT: tl.constexpr,
@@ -325,6 +331,7 @@ def _lists(
                     place = first + tl.cumsum(best.to(tl.int32), 0)
                     first += tl.sum(best.to(tl.int32), 0)
                     keep = keep | (best & (place == 1))
+                keep = keep | ((keys > 0) & ((at >= exact_n) | (tile >= exact_m)))
             if WANT_KEPT:
                 if phase == 0:
                     tl.store(kept + at, keep.to(tl.uint8), mask=at < n_n)

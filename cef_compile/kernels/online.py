@@ -35,6 +35,8 @@ def online(
     rule: str,
     certify: str,
     bound: bool,
+    tokens: Tensor | None = None,
+    exact_tiles: tuple[int, int] | None = None,
     descriptors: bool,
     warps: int,
     registers: int | None,
@@ -45,6 +47,10 @@ def online(
 
     Args:
         q, k, v, control, scale, key_mask, rule, certify, bound: as for the reference.
+        tokens: int32 ``[length]``, a token order, of
+            :class:`~cef_compile.kernels.centroids.Arranged`, in which k, v and key_mask are: the
+            query at position i of the order is row ``tokens[i]`` of q and of what is returned.
+        exact_tiles: first query tile and first key tile of exact tokens.
         descriptors: read k and v through TMA descriptors.
         warps, registers: of each program, and of each of its threads at most.
         eager_stages, stages: of the pipeline where values are fetched ahead, and where not.
@@ -55,7 +61,9 @@ def online(
     """
     batch, heads, q_len, dim = q.shape
     key_heads, kv_len, value_dim = k.shape[1], k.shape[2], v.shape[3]
-    n_m, n_n = c.tiles(q_len, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
+    positions = q_len if tokens is None else len(tokens)
+    n_m = c.tiles(positions, c.BLOCK_M)
+    n_n = c.tiles(kv_len, c.BLOCK_N)
     out = q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     recall = torch.empty_like(lse)
@@ -63,7 +71,7 @@ def online(
     sums = torch.zeros(5, dtype=torch.int64, device=q.device)
     measures = torch.empty(c.MEASURE_SIZE, device=q.device)
     block_d, block_dv = c.padded_dim(dim), c.padded_dim(value_dim)
-    even = c.BLOCK_N / max(kv_len, 1)
+    even = c.BLOCK_N / max(kv_len if tokens is None else q_len, 1)
     if lse.numel():
         _online[(n_m * heads * batch,)](
             q,
@@ -73,12 +81,14 @@ def online(
             describe(v, c.BLOCK_N, block_dv) if descriptors else v,
             k if key_mask is None else key_mask,
             control,
+            kept if tokens is None else tokens,
             out,
             lse,
             recall,
             kept,
             sums,
             q_len,
+            positions,
             kv_len,
             n_m,
             n_n,
@@ -86,6 +96,7 @@ def online(
             heads // key_heads if key_heads else 1,
             scale,
             even,
+            *((n_m, n_n) if exact_tiles is None else exact_tiles),
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -101,7 +112,9 @@ def online(
             COUNT_BLOCK=_COUNT_BLOCK,
             RAGGED=kv_len % c.BLOCK_N != 0,
             HAS_MASK=key_mask is not None,
-            SAME_LENGTH=q_len == kv_len,
+            SAME_LENGTH=q_len == kv_len or tokens is not None,
+            ORDERED=tokens is not None,
+            EXACT=exact_tiles is not None,
             DESCRIPTORS=descriptors,
             RULE=rule,
             CERTIFY=certify,
@@ -229,10 +242,10 @@ def _weights(score, seen, anchor, scale2, MASKED: tl.constexpr):
 
 @triton.jit
 def _judge(
-    score, seen, keys_seen, real, top, gathered, lost, scale2, target, threshold,
+    score, seen, keys_seen, real, exact, top, gathered, lost, scale2, target, threshold,
     log2_threshold, budget, left,
-    RAGGED: tl.constexpr, HAS_MASK: tl.constexpr, RULE: tl.constexpr, CERTIFY: tl.constexpr,
-    BOUND: tl.constexpr, STRIDE: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr, RULE: tl.constexpr,
+    CERTIFY: tl.constexpr, BOUND: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Whether a tile goes, and the ledger measured against the new maximum of each row.
 
@@ -252,10 +265,10 @@ def _judge(
     if BOUND:
         weight = score
         judged = keys_seen.to(tl.float32) * tl.exp2(high - anchor)
-        exact = judged
+        energy = judged
     else:
-        weight, exact = _weights(score, seen, anchor, scale2, False)
-        judged = exact
+        weight, energy = _weights(score, seen, anchor, scale2, False)
+        judged = energy
     if RULE == "share":
         small = judged < threshold * (gathered + lost)
     elif RULE == "lse":
@@ -267,12 +280,26 @@ def _judge(
         drop = drop & _affordable(
             judged, gathered, lost, real, budget, left.to(tl.float32), CERTIFY, STRIDE
         )
+    if EXACT:
+        drop = drop & ~exact
     # A tile that nobody sees has nothing to lose and nothing to give.
     drop = drop | (keys_seen == 0)
-    return drop, judged, high, anchor, gathered, lost, weight, exact
+    return drop, judged, high, anchor, gathered, lost, weight, energy
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "n_m", "n_n", "heads", "heads_per_key_head"])
+@triton.jit(
+    do_not_specialize=[
+        "q_len",
+        "positions",
+        "kv_len",
+        "n_m",
+        "n_n",
+        "heads",
+        "heads_per_key_head",
+        "exact_m",
+        "exact_n",
+    ]
+)
 def _online(
     q,
     k,
@@ -281,12 +308,14 @@ def _online(
     v_desc,
     key_mask,
     control,
+    tokens,
     out,
     lse,
     recall,
     kept,
     sums,
     q_len,
+    positions,
     kv_len,
     n_m,
     n_n,
@@ -294,6 +323,8 @@ def _online(
     heads_per_key_head,
     scale,
     even,
+    exact_m,
+    exact_n,
     q_b,
     q_h,
     q_l,
@@ -321,6 +352,8 @@ def _online(
     RAGGED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     SAME_LENGTH: tl.constexpr,
+    ORDERED: tl.constexpr,
+    EXACT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     RULE: tl.constexpr,
     CERTIFY: tl.constexpr,
@@ -342,7 +375,10 @@ def _online(
     key_head = head // heads_per_key_head
 
     at = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = at < q_len
+    real = at < positions
+    if ORDERED:
+        at = tl.load(tokens + at, mask=real, other=-1)
+        real = at >= 0
     dims = tl.arange(0, BLOCK_D)
     value_dims = tl.arange(0, BLOCK_DV)
     within = tl.arange(0, BLOCK_N)
@@ -398,9 +434,11 @@ def _online(
                     VALUE_DIM, BLOCK_DV, BLOCK_N, HAS_MASK, DESCRIPTORS,
                 )  # fmt: skip
                 score = tl.dot(rows, keys.T, input_precision=PRECISION)
-                drop, judged, high, anchor, gathered, lost, weight, exact = _judge(
-                    score, seen, keys_seen, real, top, gathered, lost, scale2, target, threshold,
-                    log2_threshold, budget, left, RAGGED, HAS_MASK, RULE, CERTIFY, BOUND, STRIDE,
+                exact = (first >= exact_n * BLOCK_N) | (tile >= exact_m)
+                drop, judged, high, anchor, gathered, lost, weight, energy = _judge(
+                    score, seen, keys_seen, real, exact, top, gathered, lost, scale2, target,
+                    threshold, log2_threshold, budget, left,
+                    RAGGED, HAS_MASK, EXACT, RULE, CERTIFY, BOUND, STRIDE,
                 )  # fmt: skip
                 top = tl.maximum(top, high)
                 left -= (keys_seen > 0).to(tl.int32)
@@ -408,9 +446,9 @@ def _online(
                     lost += judged
                 else:
                     if BOUND:
-                        weight, exact = _weights(score, seen, anchor, scale2, RAGGED or HAS_MASK)
+                        weight, energy = _weights(score, seen, anchor, scale2, RAGGED or HAS_MASK)
                     number += 1
-                    gathered += exact
+                    gathered += energy
                     acc = acc * tl.exp2(acc_top - anchor)[:, None]
                     acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
                     acc_top = top
@@ -423,9 +461,11 @@ def _online(
                     DIM, BLOCK_D, BLOCK_N, RAGGED, HAS_MASK, DESCRIPTORS,
                 )  # fmt: skip
                 score = tl.dot(rows, keys.T, input_precision=PRECISION)
-                drop, judged, high, anchor, gathered, lost, weight, exact = _judge(
-                    score, seen, keys_seen, real, top, gathered, lost, scale2, target, threshold,
-                    log2_threshold, budget, left, RAGGED, HAS_MASK, RULE, CERTIFY, BOUND, STRIDE,
+                exact = (first >= exact_n * BLOCK_N) | (tile >= exact_m)
+                drop, judged, high, anchor, gathered, lost, weight, energy = _judge(
+                    score, seen, keys_seen, real, exact, top, gathered, lost, scale2, target,
+                    threshold, log2_threshold, budget, left,
+                    RAGGED, HAS_MASK, EXACT, RULE, CERTIFY, BOUND, STRIDE,
                 )  # fmt: skip
                 top = tl.maximum(top, high)
                 left -= (keys_seen > 0).to(tl.int32)
@@ -433,13 +473,13 @@ def _online(
                     lost += judged
                 else:
                     if BOUND:
-                        weight, exact = _weights(score, seen, anchor, scale2, RAGGED or HAS_MASK)
+                        weight, energy = _weights(score, seen, anchor, scale2, RAGGED or HAS_MASK)
                     values = _load_values(
                         v, v_desc, seen, batch, key_head, first, kv_len, v_l, v_d,
                         VALUE_DIM, BLOCK_DV, BLOCK_N, HAS_MASK, DESCRIPTORS,
                     )  # fmt: skip
                     number += 1
-                    gathered += exact
+                    gathered += energy
                     acc = acc * tl.exp2(acc_top - anchor)[:, None]
                     acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
                     acc_top = top

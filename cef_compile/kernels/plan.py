@@ -26,8 +26,8 @@ class Plan:
 
     Attributes:
         bins: uint8 ``[B, H, Tm, Tn]``, bin of the largest share that a row of the query tile gives
-            the key tile; the best key tile of each query tile is in the top bin. Unspecified for
-            tiles without a visible key.
+            the key tile; the best key tile of each query tile is in the top bin, and so is every
+            pair with exact tokens on either side. Unspecified for tiles without a visible key.
         energy: float32 ``[B, H, Tm, Tn]``, share summed over the rows looked at; None unless kept.
         histogram: int64 ``[2, RANK_BINS]``, energy (in units of 1 / ``ENERGY_UNIT``) and number of
             the visible pairs by bin. Integers, so that the order of the sum does not matter.
@@ -49,6 +49,8 @@ def plan(
     count: Tensor,
     *,
     scale: float,
+    tokens: Tensor | None = None,
+    exact_tiles: tuple[int, int] | None = None,
     keep_energy: bool,
     group_tiles: int,
     block_keys: int,
@@ -63,13 +65,19 @@ def plan(
             variance times :func:`variance_factor`.
         count: int32 ``[B or 1, Tn]``, visible keys of each tile.
         scale: factor of the scores.
+        tokens: int32 ``[length]``, a token order, of
+            :class:`~cef_compile.kernels.centroids.Arranged`: the query at position i of the order
+            is row ``tokens[i]`` of q, none where it is -1.
+        exact_tiles: first query tile and first key tile of exact tokens.
         keep_energy: also return the energy of every pair.
         group_tiles: query tiles per program, which share each centroid tile it reads.
         block_keys: key tiles per step.
         warps, stages: of each program.
     """
     batch, heads, q_len, dim = q.shape
-    n_m, n_n = c.tiles(q_len, c.BLOCK_M), count.shape[1]
+    positions = q_len if tokens is None else len(tokens)
+    n_m = c.tiles(positions, c.BLOCK_M)
+    n_n = count.shape[1]
     bins = torch.empty(batch, heads, n_m, n_n, dtype=torch.uint8, device=q.device)
     energy = torch.empty(bins.shape, device=q.device) if keep_energy else None
     histogram = torch.zeros(2, c.RANK_BINS, dtype=torch.int64, device=q.device)
@@ -78,15 +86,17 @@ def plan(
             q,
             stats,
             count,
+            count if tokens is None else tokens,
             bins,
             histogram if energy is None else energy,
             histogram,
-            q_len,
+            positions,
             n_m,
             n_n,
             heads // stats.shape[1],
             0 if count.shape[0] == 1 else n_n,
             scale,
+            *((n_m, n_n) if exact_tiles is None else exact_tiles),
             *q.stride(),
             DIM=dim,
             BLOCK_D=c.padded_dim(dim),
@@ -100,6 +110,8 @@ def plan(
             TOP_BIN=c.TOP_BIN,
             ENERGY_UNIT=c.ENERGY_UNIT,
             KEEP_ENERGY=keep_energy,
+            ORDERED=tokens is not None,
+            EXACT=exact_tiles is not None,
             PRECISION=c.PLAN_PRECISION if q.dtype == torch.float32 else None,
             STAGES=stages,
             num_warps=warps,
@@ -116,20 +128,33 @@ def _load_stats(stats, count, key, n_n, WIDTH: tl.constexpr):
     return tl.load(place, mask=inside[:, None], other=0.0), tl.log2(found.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["q_len", "n_m", "n_n", "heads_per_key_head", "count_b"])
+@triton.jit(
+    do_not_specialize=[
+        "positions",
+        "n_m",
+        "n_n",
+        "heads_per_key_head",
+        "count_b",
+        "exact_m",
+        "exact_n",
+    ]
+)
 def _plan(
     q,
     stats,
     count,
+    tokens,
     bins,
     energy,
     histogram,
-    q_len,
+    positions,
     n_m,
     n_n,
     heads_per_key_head,
     count_b,
     scale,
+    exact_m,
+    exact_n,
     q_b,
     q_h,
     q_l,
@@ -146,6 +171,8 @@ def _plan(
     TOP_BIN: tl.constexpr,
     ENERGY_UNIT: tl.constexpr,
     KEEP_ENERGY: tl.constexpr,
+    ORDERED: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -155,7 +182,10 @@ def _plan(
     heads = tl.num_programs(1)
     row = tl.arange(0, GROUP * ROWS)
     at = (group * GROUP + row // ROWS) * BLOCK_M + row % ROWS * ROW_STRIDE
-    real = at < q_len
+    real = at < positions
+    if ORDERED:
+        at = tl.load(tokens + at, mask=real, other=-1)
+        real = at >= 0
     # A row and, beside it, its squares: against (mean, variance) one product gives both terms.
     WIDTH: tl.constexpr = 2 * BLOCK_D
     column = tl.arange(0, WIDTH)
@@ -215,6 +245,12 @@ def _plan(
         mass = tl.sum(tl.exp2(share), 2)
         visible = (log_count > float("-inf"))[:, None] & (tile < n_m)[None, :]
         rank = tl.where(spoilt[None, :], 0.0, rank)
+        ranked = visible
+        if EXACT:
+            # Kept whatever it ranks, so in the top bin; and never the best, which is one more.
+            exact = (key >= exact_n)[:, None] | (tile >= exact_m)[None, :]
+            rank = tl.where(exact, 0.0, rank)
+            ranked = visible & ~exact
 
         bin_ = tl.floor((rank + OCTAVES) * BINS_PER_OCTAVE)
         bin_ = tl.minimum(tl.maximum(bin_, 0.0), TOP_BIN).to(tl.int32)
@@ -224,7 +260,7 @@ def _plan(
             kept = tl.where(visible, mass, 0.0)
             tl.store(energy + to[None, :] + key[:, None], kept, mask=stored)
 
-        better = visible & (rank > best_rank)
+        better = ranked & (rank > best_rank)
         best_rank = tl.where(better, rank, best_rank)
         best_key = tl.where(better, key[:, None], best_key)
         best_energy = tl.where(better, mass, best_energy)

@@ -13,6 +13,7 @@ from cef_compile.policy.decision import (
     check_choice,
     check_fraction,
     check_policy,
+    check_sizes,
 )
 from cef_compile.policy.files import load_policy, save_policy
 from cef_compile.policy.node import AttentionNode, Kind, MaskKind, Reason
@@ -46,6 +47,7 @@ __all__ = [
     "check_fraction",
     "check_level",
     "check_policy",
+    "check_sizes",
     "compiled_decision",
     "dtype_name",
     "join_bands",

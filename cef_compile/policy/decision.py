@@ -39,6 +39,22 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     return str(value)
 
 
+def check_sizes(name: str, value: Any, number: int, least: int) -> tuple[int, ...]:
+    """``value`` as a tuple of ``number`` integers, each at least ``least``.
+
+    Raises:
+        TypeError: it is no list or tuple of integers.
+        ValueError: there are more or fewer, or one is too small.
+    """
+    if not isinstance(value, (list, tuple)) or any(
+        isinstance(size, bool) or not isinstance(size, int) for size in value
+    ):
+        raise TypeError(f"{name} must be {number} integers, got {value!r}")
+    if len(value) != number or any(size < least for size in value):
+        raise ValueError(f"{name} must be {number} integers of at least {least}, got {value!r}")
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class Decision:
     """What is to be done with one attention node.

@@ -8,7 +8,9 @@ float32.
 Shapes: ``q [B, H, q_len, D]``, ``k [B, Hk, kv_len, D]``, ``v [B, Hk, kv_len, Dv]`` with ``H`` a
 multiple of ``Hk`` (grouped queries); ``key_mask`` bool ``[B, kv_len]``, true where a key takes
 part; ``Tm`` query tiles of :data:`~cef_compile.kernels.config.BLOCK_M` rows, ``Tn`` key tiles of
-:data:`~cef_compile.kernels.config.BLOCK_N` keys; any strides.
+:data:`~cef_compile.kernels.config.BLOCK_N` keys; any strides. With a
+token order (:class:`~cef_compile.kernels.order.Layout`) tiles, and what is counted in them, are
+those of the order; rows are not.
 """
 
 from cef_compile.kernels.reference.audit import (
@@ -20,6 +22,7 @@ from cef_compile.kernels.reference.audit import (
 )
 from cef_compile.kernels.reference.common import Result, new_output, work_dtype
 from cef_compile.kernels.reference.online import first_tile, online
+from cef_compile.kernels.reference.places import Places
 from cef_compile.kernels.reference.planned import (
     Centroids,
     Plan,
@@ -33,6 +36,7 @@ from cef_compile.kernels.reference.planned import (
 __all__ = [
     "Audited",
     "Centroids",
+    "Places",
     "Plan",
     "Result",
     "attend",

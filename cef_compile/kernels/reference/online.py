@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels.order import Layout
 from cef_compile.kernels.reference.audit import audit
 from cef_compile.kernels.reference.common import (
     Result,
     by_tile,
-    full_key_mask,
     new_measures,
     new_output,
     work_dtype,
 )
+from cef_compile.kernels.reference.places import Places
 
 
 def online(
@@ -31,6 +33,7 @@ def online(
     certify: str = "mean",
     bound: bool = False,
     audited: bool = False,
+    layout: Layout | None = None,
 ) -> Result:
     """Filter in one pass over all key tiles, with a ledger of kept and dropped energy (DESIGN 3.3).
 
@@ -51,17 +54,57 @@ def online(
             is then a lower bound of the recall.
         audited: measure the error on a sample of query tiles, and where the ledger holds bounds
             the achieved recall too.
+        layout: as for :func:`planned`.
     """
+    places = Places.of(layout, q.device)
+    found = _online(
+        places.put(q),
+        places.put(k),
+        places.put(v),
+        places.put_mask(k, key_mask),
+        places,
+        control,
+        scale,
+        rule,
+        certify,
+        bound,
+        k.shape[2],
+    )
+    assert found.row_recall is not None, "the online filter keeps a ledger"
+    out, lse = places.restore(found.out), places.restore(found.lse)
+    if audited:
+        seed = control[c.CONTROL_SEED]
+        sampled = audit(q, k, v, out, lse, seed, scale=scale, key_mask=key_mask)
+        sampled.write(found.measures, recall=bound)
+    return replace(found, out=out, lse=lse, row_recall=places.restore(found.row_recall))
+
+
+def _online(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    places: Places,
+    control: Tensor,
+    scale: float,
+    rule: str,
+    certify: str,
+    bound: bool,
+    keys: int,
+) -> Result:
+    """:func:`online` with everything in its place; ``keys`` is their number without gaps."""
     work = work_dtype(q)
     batch, heads, q_len, _ = q.shape
     kv_len, n_m, n_n = k.shape[2], c.tiles(q_len, c.BLOCK_M), c.tiles(k.shape[2], c.BLOCK_N)
     target = control[c.CONTROL_TARGET].to(work)
-    threshold = _online_threshold(control, rule, certify, kv_len).to(work)
+    threshold = _online_threshold(control, rule, certify, keys).to(work)
     budget = (1 - target) / target
     rows = by_tile(q.to(work), c.BLOCK_M)  # [B, H, Tm, BM, D]
-    real = by_tile(torch.ones(q_len, 1, dtype=torch.bool, device=q.device), c.BLOCK_M)[..., 0]
-    keys, values = by_tile(k, c.BLOCK_N), by_tile(v, c.BLOCK_N)
-    seen = by_tile(full_key_mask(k, key_mask)[..., None], c.BLOCK_N)[..., 0]  # [B, Tn, BN]
+    every_row = torch.ones(q_len, dtype=torch.bool, device=q.device)
+    real_rows = every_row if places.real is None else places.real
+    real = by_tile(real_rows[:, None], c.BLOCK_M)[..., 0]
+    key_tiles, value_tiles = by_tile(k, c.BLOCK_N), by_tile(v, c.BLOCK_N)
+    seen = by_tile(mask[..., None], c.BLOCK_N)[..., 0]  # [B, Tn, BN]
     left = seen.any(-1).sum(-1)[:, None, None].expand(batch, heads, n_m).clone()
 
     top = torch.full((batch, heads, n_m, c.BLOCK_M), -torch.inf, dtype=work, device=q.device)
@@ -78,7 +121,7 @@ def online(
         j = ((start + step) % n_n).expand(batch, heads, n_m)
         in_sight = seen[b_of, j]  # [B, H, Tm, BN]
         live = in_sight.any(-1)
-        scores = scale * (rows @ keys[b_of, g_of, j].to(work).mT)
+        scores = scale * (rows @ key_tiles[b_of, g_of, j].to(work).mT)
         scores = scores.masked_fill(~in_sight[..., None, :], -torch.inf)
         high = scores.amax(-1)
         new_top = torch.maximum(top, high)
@@ -86,9 +129,9 @@ def online(
         anchor = torch.where(new_top == -torch.inf, 0, new_top)
         shrink = (top - anchor).exp()
         weights = (scores - anchor[..., None]).exp()
-        exact = weights.sum(-1)
+        energy = weights.sum(-1)
         kept_so_far, lost_so_far = gathered * shrink, lost * shrink
-        judged = in_sight.sum(-1)[..., None] * (high - anchor).exp() if bound else exact
+        judged = in_sight.sum(-1)[..., None] * (high - anchor).exp() if bound else energy
         if rule == "share":
             small = judged < threshold * (kept_so_far + lost_so_far)
         elif rule == "lse":
@@ -98,13 +141,17 @@ def online(
         drop = (small | ~real).all(-1) & (target < 1) & live
         if certify != "none":
             drop &= _affordable(judged, kept_so_far, lost_so_far, real, budget, left, certify)
+        if places.exact is not None:
+            drop &= ~places.exact[t_of, j]
         keep = live & ~drop
         kept[b_of, h_of, t_of, j] = keep
         lost = lost_so_far + torch.where(drop[..., None], judged, 0)
-        gathered = kept_so_far + torch.where(keep[..., None], exact, 0)
+        gathered = kept_so_far + torch.where(keep[..., None], energy, 0)
         acc = acc * shrink[..., None]
         # Only here is the value tile read: what a dropped tile saves.
-        picked = torch.where(in_sight[keep][..., None], values[b_of[keep], g_of[keep], j[keep]], 0)
+        picked = torch.where(
+            in_sight[keep][..., None], value_tiles[b_of[keep], g_of[keep], j[keep]], 0
+        )
         acc[keep] += weights[keep] @ picked.to(work)
         top = torch.where(live[..., None], new_top, top)
         left -= live.to(left.dtype)
@@ -115,16 +162,13 @@ def online(
     lse = (top + gathered.log()).flatten(2)[..., :q_len]
     met = (gathered + lost).flatten(2)[..., :q_len]
     recall = torch.where(met == 0, 1, gathered.flatten(2)[..., :q_len] / met)
-    counted = recall[met != 0]  # a row that sees no key has no recall
+    # A row that sees no key has no recall.
+    counted = recall[real_rows & (met != 0)]
     mean_recall = counted.mean() if counted.numel() else recall.new_ones(())
     log2_threshold = threshold.log2().nan_to_num(nan=torch.nan, posinf=torch.nan)
     measures = new_measures(kept, seen.any(-1), mean_recall, log2_threshold)
     if not bound:
         measures[c.MEASURE_RECALL], measures[c.MEASURE_STDERR] = mean_recall, 0
-    if audited:
-        seed = control[c.CONTROL_SEED]
-        found = audit(q, k, v, out, lse, seed, scale=scale, key_mask=key_mask)
-        found.write(measures, recall=bound)
     histogram = torch.zeros(2, c.RANK_BINS, device=q.device)
     return Result(out, lse, kept, histogram, measures, recall)
 

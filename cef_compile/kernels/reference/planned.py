@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels.order import Layout
 from cef_compile.kernels.reference.audit import audit
 from cef_compile.kernels.reference.common import (
     CHUNK_ROWS,
@@ -18,6 +19,7 @@ from cef_compile.kernels.reference.common import (
     new_output,
     work_dtype,
 )
+from cef_compile.kernels.reference.places import Places
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,14 @@ class Plan:
             the key tile; the best key tile of each query tile is in the top bin.
         energy: ``[B, H, Tm, Tn]``, share summed over the rows that were looked at.
         visible: bool ``[B, Tn]``, tiles with at least one visible key.
+        exact: bool ``[Tm, Tn]``, pairs that every rule keeps, which are in the top bin; None where
+            there are none.
     """
 
     bins: Tensor
     energy: Tensor
     visible: Tensor
+    exact: Tensor | None = None
 
     def histogram(self) -> Tensor:
         """Energy and number of the visible tile pairs by rank bin, ``[2, RANK_BINS]``.
@@ -74,12 +79,26 @@ def centroids(k: Tensor, key_mask: Tensor | None = None) -> Centroids:
     return Centroids(mean, variance, count[:, 0, :, 0])
 
 
-def plan(q: Tensor, cents: Centroids, scale: float, row_stride: int = c.PLAN_ROW_STRIDE) -> Plan:
+def plan(
+    q: Tensor,
+    cents: Centroids,
+    scale: float,
+    row_stride: int = c.PLAN_ROW_STRIDE,
+    *,
+    real: Tensor | None = None,
+    exact: Tensor | None = None,
+) -> Plan:
     """Rank and energy of every tile pair, from centroids alone.
 
     With key mean k and variance s2 of tile j, row i is taken to give it the energy
     ``log E_ij = log n_j + scale * q_i.k_j + scale^2 / 2 * sum_d q_id^2 s2_jd``: the exact mean of
     exp over a Gaussian tile. Its share is the softmax of that over j.
+
+    Args:
+        q, cents, scale: see the package.
+        row_stride: every so-manieth row of a query tile is looked at.
+        real: bool ``[q_len]``, rows that count; None for all.
+        exact: as in :class:`Plan`.
     """
     batch, heads, q_len, _ = q.shape
     group = heads // cents.mean.shape[1] if cents.mean.shape[1] else 1
@@ -93,16 +112,21 @@ def plan(q: Tensor, cents: Centroids, scale: float, row_stride: int = c.PLAN_ROW
     for start in range(0, q_len, CHUNK_ROWS):
         rows = q[:, :, start : min(start + CHUNK_ROWS, q_len) : row_stride].to(mean.dtype)
         logits = scale * (rows @ mean) + 0.5 * scale**2 * (rows.square() @ variance) + log_count
-        shares = by_tile(logits.softmax(-1), c.BLOCK_M // row_stride)
+        shares = logits.softmax(-1)
+        if real is not None:
+            shares = torch.where(real[start : start + CHUNK_ROWS : row_stride, None], shares, 0)
+        shares = by_tile(shares, c.BLOCK_M // row_stride)
         at = slice(start // c.BLOCK_M, start // c.BLOCK_M + shares.shape[2])
         rank[:, :, at] = shares.amax(-2)
         energy[:, :, at] = shares.nan_to_num(nan=0.0).sum(-2)
     # An invisible tile has share 0, or NaN where its whole row is hidden: never the best one.
     rank = torch.where(visible[:, None, None], rank, -1)
     bins = c.rank_bin(rank.clamp_min(0))
+    if exact is not None:  # the best tile is one of the others
+        rank, bins = rank.masked_fill(exact, -1), bins.masked_fill(exact, c.TOP_BIN)
     if n_n:
         bins.scatter_(-1, rank.nan_to_num(nan=2.0).argmax(-1, keepdim=True), c.TOP_BIN)
-    return Plan(bins, torch.where(visible[:, None, None], energy, 0), visible)
+    return Plan(bins, torch.where(visible[:, None, None], energy, 0), visible, exact)
 
 
 def choose(planned: Plan, histogram: Tensor, control: Tensor, rule: str) -> tuple[Tensor, Tensor]:
@@ -111,7 +135,8 @@ def choose(planned: Plan, histogram: Tensor, control: Tensor, rule: str) -> tupl
     ``threshold`` keeps the pairs whose bin is at or above the threshold's, given in ``control`` or
     read off the histogram for the wanted recall; ``top_k`` the best ``ceil(density * visible)``
     tiles of each query tile; ``top_p`` the best ones that together carry the wanted share of each
-    query tile's energy. Equal bins are taken in the order of the keys.
+    query tile's energy. Equal bins are taken in the order of the keys. Exact pairs are kept in any
+    case.
 
     Returns:
         kept bool ``[B, H, Tm, Tn]`` and the log2 of the threshold (NaN for top_k and top_p).
@@ -135,7 +160,10 @@ def choose(planned: Plan, histogram: Tensor, control: Tensor, rule: str) -> tupl
         total = energy.sum(-1, keepdim=True)
         # Without any energy (all NaN) nothing tells the tiles apart, and a NaN is never dropped.
         first = (before < target * total) | (target >= 1) | (total == 0)
-    kept = torch.zeros_like(first).scatter_(-1, order, first) & visible
+    kept = torch.zeros_like(first).scatter_(-1, order, first)
+    if planned.exact is not None:
+        kept = kept | planned.exact
+    kept = kept & visible
     return kept, control.new_full((), torch.nan)
 
 
@@ -202,22 +230,29 @@ def planned(
     rule: str = "threshold",
     compensate: bool = False,
     audited: bool = False,
+    layout: Layout | None = None,
 ) -> Result:
     """Filter by a plan made from tile centroids, then attend to the listed tiles (DESIGN 3.1).
 
     Args:
-        q, k, v, key_mask: see the package
+        q, k, v, key_mask: see the package.
         control: float32 ``[CONTROL_SIZE]``, see :mod:`cef_compile.kernels.config`.
         scale: factor of the scores.
         rule: one of ``PLANNED_RULES``, see :func:`choose`.
         compensate: put dropped tiles back as pseudo-tokens, see :func:`attend`.
         audited: measure achieved recall and error on a sample of query tiles.
+        layout: cut tiles in the order of these tokens, exact ones apart and always kept; None for
+            the order in which they come.
     """
-    cents = centroids(k, key_mask)
-    ranked = plan(q, cents, scale)
+    places = Places.of(layout, q.device)
+    rows, keys, values = places.put(q), places.put(k), places.put(v)
+    mask = places.put_mask(k, key_mask)
+    cents = centroids(keys, mask)
+    ranked = plan(rows, cents, scale, real=places.real, exact=places.exact)
     histogram = ranked.histogram()
     kept, log2_threshold = choose(ranked, histogram, control, rule)
-    out, lse = attend(q, k, v, kept, scale, key_mask, cents if compensate else None)
+    out, lse = attend(rows, keys, values, kept, scale, mask, cents if compensate else None)
+    out, lse = places.restore(out), places.restore(lse)
     total = ranked.energy.sum()
     estimate = torch.where(total > 0, (ranked.energy * kept).sum() / total, 1)
     measures = new_measures(kept, ranked.visible, estimate, log2_threshold)

@@ -1,0 +1,41 @@
+"""What the tests of the token order share: drawn layouts, and inputs with that many tokens."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from support import FAMILIES, MASKS, SEEDS, Case
+
+from cef_compile.kernels.order import Layout
+
+TEXTS = st.sampled_from([0, 0, 1, 7, 64, 70])
+GRIDS = st.one_of(
+    st.sampled_from(
+        [(1, 1, 1), (1, 16, 16), (1, 13, 7), (4, 8, 8), (5, 6, 7), (3, 11, 13), (2, 3, 29)]
+    ),
+    st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)),
+)
+LAYOUTS = st.builds(lambda before, grid, after: Layout(before, *grid, after), TEXTS, GRIDS, TEXTS)
+"""Videos, images, ragged grids and primes, with text on either side or none."""
+
+
+def layout_cases(
+    layouts: st.SearchStrategy[Layout] = LAYOUTS, **given
+) -> st.SearchStrategy[tuple[Layout, Case]]:
+    """A layout, and a case with as many queries and keys as it has tokens."""
+    drawn = {
+        "batch": st.integers(1, 2),
+        "kv_heads": st.integers(1, 2),
+        "group": st.integers(1, 2),
+        "family": st.sampled_from(FAMILIES),
+        "mask": st.sampled_from(MASKS),
+        "seed": SEEDS,
+    }
+    fields = st.fixed_dictionaries(drawn | {n: st.just(value) for n, value in given.items()})
+    return st.builds(
+        lambda layout, values: (
+            layout,
+            Case(q_len=layout.tokens, kv_len=layout.tokens, **values),
+        ),
+        layouts,
+        fields,
+    )
