@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cef_compile.graph.patterns import Match, View, find_matches, masks
 from cef_compile.graph.patterns.calls import fake_value
@@ -148,7 +149,7 @@ def _site(
     }
     q, k, v, mask, _ = (operand.fake for operand in operands.values())
     kind_of_mask = mask_kind(mask)
-    problem = match.problem
+    problem = match.problem or _subclass(q, k, v)
     if problem is None and kind_of_mask in ("bool", "float"):
         problem = Reason.MASK, f"{kind_of_mask} mask, {masks.describe(match.mask.source)}"
     out = fake_value(match.result)
@@ -187,6 +188,14 @@ def _site(
             form=match.form,
         ),
     )
+
+
+def _subclass(*fakes: Any) -> tuple[Reason, str] | None:
+    """The problem of inputs such as DTensors, which the op would not know how to take apart."""
+    for fake in fakes:
+        if is_traceable_wrapper_subclass(fake):
+            return Reason.SUBCLASS, type(fake).__name__
+    return None
 
 
 def _number(argument: Any, unknown: float) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cef_compile.graph.patterns import same
 from cef_compile.graph.patterns.calls import call_name, fake_value
@@ -62,10 +63,10 @@ def _length(node: Any) -> Any:
 
 def _projections(node: Any) -> Iterator[fx.Node]:
     """The nearest projections behind a node; graph inputs where there is none."""
-    seen, todo = set(), [node] if isinstance(node, fx.Node) else []
+    seen, todo = set(), list(node) if isinstance(node, list) else [node]
     while todo:
         current = todo.pop()
-        if current in seen:
+        if current in seen or not isinstance(current, fx.Node):
             continue
         seen.add(current)
         if current.op == "call_function" and current.target in _PROJECTIONS:
@@ -86,7 +87,7 @@ def _sources(node: Any) -> frozenset[fx.Node]:
     """
     found = set()
     for projection in _projections(node):
-        source = _input_of(projection)
+        source = _unsharded(_input_of(projection))
         if isinstance(source, fx.Node) and isinstance(fake_value(source), torch.Tensor):
             found.add(source)
     sequences = {source for source in found if fake_value(source).dim() >= 3}
@@ -107,6 +108,19 @@ def _input_of(projection: fx.Node) -> Any:
             break
         source = source.args[0]
     return given
+
+
+def _unsharded(source: Any) -> Any:
+    """What tensor parallelism makes each projection's own DTensor from."""
+    while isinstance(source, fx.Node) and _is_sharded(source) and source.args:
+        if _is_sharded(source.args[0]) and source.target != "redistribute":
+            break
+        source = source.args[0]
+    return source
+
+
+def _is_sharded(node: Any) -> bool:
+    return bool(is_traceable_wrapper_subclass(fake_value(node)))
 
 
 def _has_join(source: fx.Node, memo: dict[fx.Node, bool]) -> bool:

@@ -38,6 +38,8 @@ class Reason(str, Enum):
     FIXED = "the node was compiled dense"
     UNKNOWN_FORM = "the attention is written in a form that is not recognised"
     INTERMEDIATES = "scores or weights of the attention are used elsewhere"
+    PARTIAL = "it is a part of an attention whose parts are merged later"
+    SUBCLASS = "the inputs are tensors of another class"
     PACKED = "several sequences may be packed into one"
     MULTI_HEAD = "the attention is inside multi_head_attention_forward"
     FLEX = "the attention is a flex_attention"
@@ -63,6 +65,8 @@ _REMEDIES = {
     Reason.SHARED_GRAPH: "Use one filter, rule and certificate for all layers of a class.",
     Reason.UNKNOWN_FORM: "Call scaled_dot_product_attention in its place.",
     Reason.INTERMEDIATES: "Call scaled_dot_product_attention, and compute the weights apart.",
+    Reason.PARTIAL: "Use Ulysses in place of ring attention.",
+    Reason.SUBCLASS: "Let q, k and v be plain tensors, of a DTensor its to_local().",
     Reason.PACKED: "Call scaled_dot_product_attention, or flash_attn_func, for each sequence.",
     Reason.MULTI_HEAD: "Project q, k and v and call scaled_dot_product_attention.",
     Reason.FLEX: "Call scaled_dot_product_attention in its place.",

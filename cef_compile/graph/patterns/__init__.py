@@ -11,13 +11,15 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from cef_compile.graph.patterns import flash, library, sdpa, softmax
+from cef_compile.graph.patterns import flash, fused, library, ring, sdpa, softmax
 from cef_compile.graph.patterns.match import Match, Operand, View, look, same
 
 PATTERNS = (
     sdpa.match,
     softmax.match,
     flash.match,
+    fused.match,
+    ring.match,
     library.match_multi_head,
     library.match_flex,
 )
@@ -31,6 +33,10 @@ def find_matches(graph: fx.Graph) -> list[Match]:
     found: dict[fx.Node, Match] = {}
     for match in _matches(graph):
         found.setdefault(match.result, match)
+    # A part of a larger attention is none of its own.
+    for match in list(found.values()):
+        for node in match.absorbed:
+            found.pop(node, None)
     return sorted(found.values(), key=lambda match: position[match.result])
 
 

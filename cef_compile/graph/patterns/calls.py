@@ -134,6 +134,8 @@ PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 
 def fake_value(argument: Any) -> Any:
     """The fake tensor (or symbolic number) behind an FX argument; constants as they are."""
+    if isinstance(argument, (list, tuple)):
+        return fx.map_arg(argument, fake_value)
     if not isinstance(argument, fx.Node):
         return argument
     return argument.meta.get("example_value", argument.meta.get("val"))
@@ -158,6 +160,24 @@ def argument(node: fx.Node, position: int, *names: str, default: Any = None) -> 
         if name in node.kwargs:
             return node.kwargs[name]
     return default
+
+
+def overload(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The op that a node calls; of several overloads the default one."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, "default", None)
+    is_op = node.op == "call_function" and isinstance(target, torch._ops.OpOverload)
+    return target if is_op else None
+
+
+def schema_arguments(node: fx.Node, target: torch._ops.OpOverload) -> dict[str, Any]:
+    """All arguments of an op by the names in its schema, defaults included."""
+    given = {}
+    for i, parameter in enumerate(target._schema.arguments):
+        default = parameter.default_value if parameter.has_default_value() else None
+        given[parameter.name] = argument(node, i, parameter.name, default=default)
+    return given
 
 
 def is_number(value: Any) -> bool:

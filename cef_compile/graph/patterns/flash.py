@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from cef_compile.graph.patterns.calls import argument, call_name, fake_value
+from cef_compile.graph.patterns.calls import (
+    argument,
+    call_name,
+    fake_value,
+    overload,
+    schema_arguments,
+)
 from cef_compile.graph.patterns.masks import changed_in_place
 from cef_compile.graph.patterns.match import (
     Match,
@@ -47,37 +53,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def match(node: fx.Node) -> Match | None:
     """The attention of a flash-attn op."""
-    target = _overload(node)
+    target = overload(node)
     if target is None:
         return None
     namespace, _, name = target._schema.name.partition("::")
     if namespace not in NAMESPACES or name not in (*DENSE_OPS, *PACKED_OPS):
         return None
-    given = _bind(node, target)
+    given = schema_arguments(node, target)
     return _dense(node, given) if name in DENSE_OPS else _packed(node, given)
-
-
-def _overload(node: fx.Node) -> torch._ops.OpOverload | None:
-    """The op that a node calls; of several overloads the default one."""
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        target = getattr(target, "default", None)
-    is_op = node.op == "call_function" and isinstance(target, torch._ops.OpOverload)
-    return target if is_op else None
 
 
 def _form(node: fx.Node) -> str:
     """The op by its name, as ``flash_attn::_flash_attn_forward``."""
-    target = _overload(node)
+    target = overload(node)
     return "" if target is None else str(target._schema.name)
-
-
-def _bind(node: fx.Node, target: torch._ops.OpOverload) -> dict[str, Any]:
-    given = {}
-    for i, parameter in enumerate(target._schema.arguments):
-        default = parameter.default_value if parameter.has_default_value() else None
-        given[parameter.name] = argument(node, i, parameter.name, default=default)
-    return given
 
 
 def _dense(node: fx.Node, given: dict[str, Any]) -> Match:

@@ -21,7 +21,8 @@ class Operand:
     """An input of an attention: a value in the graph, seen through some views.
 
     Attributes:
-        source: the value; an FX node, or None where there is no such input.
+        source: the value; an FX node, a list of nodes that the first view joins, or None where
+            there is no such input.
         views: applied to it one after the other.
     """
 
@@ -88,9 +89,10 @@ class RefusedError(Exception):
 
 def look(fake: Any, views: Iterable[View]) -> Any:
     """A fake tensor through views."""
-    if not isinstance(fake, torch.Tensor):
+    first = fake[0] if isinstance(fake, (list, tuple)) and fake else fake
+    if not isinstance(first, torch.Tensor):
         return fake
-    with getattr(fake, "fake_mode", torch.no_grad()):
+    with getattr(first, "fake_mode", torch.no_grad()):
         for function, args in views:
             fake = function(fake, *args)
     return fake
