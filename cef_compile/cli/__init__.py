@@ -13,6 +13,7 @@ from typing import Final
 
 from cef_compile import __version__
 from cef_compile.cli.bench import add_bench
+from cef_compile.cli.calibrate import add_calibrate
 from cef_compile.cli.common import INTERRUPTED, USAGE_ERROR, Subparsers, UsageError
 from cef_compile.cli.demo import add_demo
 from cef_compile.cli.env import add_env
@@ -22,6 +23,7 @@ from cef_compile.cli.report import add_report
 COMMANDS: Final[tuple[Callable[[Subparsers], None], ...]] = (
     add_demo,
     add_explain,
+    add_calibrate,
     add_bench,
     add_report,
     add_env,
@@ -31,6 +33,7 @@ EXAMPLES: Final = """\
 first steps:
   cef-compile demo                            see it work, on a CPU too
   cef-compile explain WanTransformer3DModel   what would be filtered, and what not
+  cef-compile calibrate --max-error 0.01      the fastest policy within an error budget
   cef-compile bench                           how fast attention is on this card
   cef-compile COMMAND --help                  more about a command"""
 

@@ -24,6 +24,7 @@ PACKAGES: Final = ("accelerate", "diffusers", "PIL", "safetensors", "skimage", "
 EXAMPLES: Final = """\
   cef-compile demo
   cef-compile demo --recall 0.95 --clip 1 --out more-recall
+  cef-compile demo --policy policy.json       what cef-compile calibrate has written
   cef-compile demo --size 64 --steps 4        a quick look"""
 
 
@@ -39,12 +40,13 @@ def add_demo(subparsers: Subparsers) -> None:
         examples=EXAMPLES,
     )
     option = parser.add_argument
-    option(
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
         "--recall",
         type=float,
-        default=RECALL,
-        help="wanted mean share of the attention energy, 1 is dense (default: %(default)s)",
+        help=f"wanted mean share of the attention energy, 1 is dense (default: {RECALL})",
     )
+    chosen.add_argument("--policy", type=Path, help="a policy file, as calibrate writes it")
     option("--steps", type=int, default=STEPS, help="Euler steps (default: %(default)s)")
     option(
         "--size",
@@ -68,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         settings = Settings.resolve(
             recall=arguments.recall,
+            policy=arguments.policy,
             steps=arguments.steps,
             size=arguments.size,
             frames=arguments.frames,

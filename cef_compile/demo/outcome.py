@@ -76,6 +76,7 @@ class Outcome:
             "device": str(self.settings.device),
             "dtype": str(self.settings.dtype).removeprefix("torch."),
             "out": str(self.settings.out),
+            "policy": None if self.settings.policy is None else str(self.settings.policy),
             "tokens": self.settings.tokens,
         }
         return finite(
@@ -121,9 +122,10 @@ class Outcome:
         """What was done, in a line."""
         s = self.settings
         dtype = str(s.dtype).removeprefix("torch.")
+        wanted = f"recall {s.recall:g}" if s.policy is None else f"policy {s.policy.name}"
         return (
             f"clip {s.clip}, {s.frames} frames of {s.size} x {s.size} pixels = {s.tokens} tokens, "
-            f"{s.steps} steps, recall {s.recall:g}, {dtype} on {s.device}"
+            f"{s.steps} steps, {wanted}, {dtype} on {s.device}"
         )
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, Final
@@ -29,8 +30,8 @@ BRANCHES: Final = ("text", "no text")
 PICTURED_NODES: Final = 3
 """Nodes whose tile maps are made: those furthest below their target."""
 TIMED_STEPS: Final = 5
-"""Steps timed after the video is done. They are not the video's own, because those are audited,
-and an audit costs time."""
+"""Steps timed after the video is done, spread over its noise levels, the last of which is the last.
+They are not the video's own, because those are audited, and an audit costs time."""
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def run_demo(settings: Settings) -> Outcome:
     levels = noise_levels(settings.steps)
 
     model = load_model(device, dtype)
-    backend = cef_compile.backend(recall=settings.recall)
+    backend = cef_compile.backend(policy=settings.make_policy())
     # At the demo's size a GPU is done with a kernel before the next one is launched, so that times
     # would be those of the launches; CUDA graphs replay them all at once.
     mode = "reduce-overhead" if device.type == "cuda" else None
@@ -64,13 +65,17 @@ def run_demo(settings: Settings) -> Outcome:
     with tqdm(total=len(ways) * (1 + settings.steps + TIMED_STEPS), unit="step") as bar:
         for name, way in ways.items():
             bar.set_description(name)
-            one_step = partial(sample, way, start, text, levels[:2], bar.update)
+            told = (bar.update, backend.set_noise_level)
+            one_step = partial(sample, way, start, text, levels[:2], *told)
             first_step_s = seconds(one_step, device)
             with backend.audit() as audit:  # sees nothing until the last way, the filtered one
-                video = sample(_labelled(way, audit), start, text, levels, bar.update)
+                video = sample(_labelled(way, audit), start, text, levels, *told)
                 videos[name] = to_video(video)
+            steps = iter(spread(levels, TIMED_STEPS))
+            one_step = partial(_next_step, steps, way, start, text, told)
             costs[name] = Cost(first_step_s, *steady(one_step, TIMED_STEPS, device))
 
+    late = add_noise(unshuffle(clip)[None], settings.seed, levels[-2]).to(device)
     frames = side_by_side(videos["eager"], videos["filtered"])
     write_still(settings.out / "frames.png", frames)
     write_animation(settings.out / "frames.gif", frames)
@@ -84,11 +89,28 @@ def run_demo(settings: Settings) -> Outcome:
         report=backend.report.to_dict(),
         audit=audit.to_dict(),
         tile_maps=[
-            found.to_dict() for found in _tile_maps(backend, audit, model, start, text, levels[0])
+            found.to_dict() for found in _tile_maps(backend, audit, model, late, text, levels[-2])
         ],
     )
     outcome.write(settings.out)
     return outcome
+
+
+def _next_step(
+    steps: Iterator[Sequence[float]],
+    model: Model,
+    latents: Tensor,
+    text: Tensor,
+    told: tuple[Callable[[], object], Callable[[float], object]],
+) -> Tensor:
+    return sample(model, latents, text, next(steps), *told)
+
+
+def spread(levels: Sequence[float], count: int) -> list[Sequence[float]]:
+    """``count`` steps (two neighbouring levels each) from the first to the last."""
+    last = len(levels) - 2
+    first = [round(i * last / (count - 1)) for i in range(count)]
+    return [levels[at : at + 2] for at in first]
 
 
 def to_video(latents: Tensor) -> Video:
@@ -111,13 +133,15 @@ def _labelled(model: Model, audit: Audit) -> Model:
 
 
 def _tile_maps(
-    backend: Backend, audit: Audit, model: nn.Module, start: Tensor, text: Tensor, level: float
+    backend: Backend, audit: Audit, model: nn.Module, latents: Tensor, text: Tensor, level: float
 ) -> list[TileMap]:
-    """Maps of the worst nodes in the first step without text, the backend's last call."""
-    worst = sorted(audit.nodes, key=lambda node: node.recall - node.target)[:PICTURED_NODES]
+    """Maps of the worst nodes in the last step without text, the backend's last call."""
+    now = {(node.path, node.ordinal) for node in backend.report.filtered}  # at its noise level
+    nodes = [node for node in audit.nodes if (node.path, node.ordinal) in now]
+    worst = sorted(nodes, key=lambda node: node.recall - node.target)[:PICTURED_NODES]
     if not worst:
         return []
-    timestep = torch.tensor([1000 * level], device=start.device)
-    inputs = (start.to(text.dtype), timestep, torch.zeros_like(text))
+    timestep = torch.tensor([1000 * level], device=latents.device)
+    inputs = (latents.to(text.dtype), timestep, torch.zeros_like(text))
     paths = {node.path for node in worst}
     return tile_maps(backend, model, *inputs, nodes=paths, return_dict=False)

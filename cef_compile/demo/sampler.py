@@ -67,9 +67,14 @@ def sample(
     text: Tensor,
     levels: Sequence[float],
     on_step: Callable[[], object] = lambda: None,
+    before_step: Callable[[float], object] = lambda level: None,
 ) -> Tensor:
-    """Step through all ``levels``, shapes as in :func:`euler_step`; ``on_step`` follows each."""
+    """Step through all ``levels``, shapes as in :func:`euler_step`.
+
+    ``before_step`` is called with the noise level of each step, ``on_step`` after it.
+    """
     for level, following in pairwise(levels):
+        before_step(level)
         latents = euler_step(model, latents, text, level, following)
         on_step()
     return latents

@@ -20,6 +20,8 @@ from cef_compile.demo.defaults import (
     TOKEN_PIXELS,
 )
 from cef_compile.demo.latents import tokens
+from cef_compile.errors import PolicyFormatError
+from cef_compile.policy import Balanced, PolicyLike, load_policy
 
 
 class SettingsError(ValueError):
@@ -30,8 +32,10 @@ class SettingsError(ValueError):
 class Settings:
     """A checked request. Make it with :meth:`resolve`."""
 
-    recall: float
-    """Wanted mean share of the attention energy, over 0 and at most 1."""
+    recall: float | None
+    """Wanted mean share of the attention energy, over 0 and at most 1; None with a policy."""
+    policy: Path | None
+    """A policy file in place of a recall."""
     steps: int
     """Euler steps."""
     size: int
@@ -52,11 +56,19 @@ class Settings:
         """Length of the sequence that self attention sees."""
         return tokens(self.frames, self.size)
 
+    def make_policy(self) -> PolicyLike:
+        """What decides about each node."""
+        if self.policy is not None:
+            return _read_policy(self.policy)
+        assert self.recall is not None, "one of the two is given"
+        return Balanced(self.recall)
+
     @classmethod
     def resolve(
         cls,
         *,
-        recall: float = RECALL,
+        recall: float | None = None,
+        policy: Path | None = None,
         steps: int = STEPS,
         size: int | None = None,
         frames: int | None = None,
@@ -70,10 +82,15 @@ class Settings:
         Raises:
             SettingsError: naming the setting, what was got and what is possible.
         """
-        chosen = _device(device)
+        chosen = find_device(device)
         size = SIZE[chosen.type] if size is None else size
         frames = FRAMES[chosen.type] if frames is None else frames
-        _check(0 < recall <= 1, f"recall must be in (0, 1], got {recall}")
+        _check(recall is None or policy is None, "give a recall or a policy, not both")
+        if policy is not None:
+            _read_policy(policy)
+        else:
+            recall = RECALL if recall is None else recall
+            _check(0 < recall <= 1, f"recall must be in (0, 1], got {recall}")
         _check(steps >= 1, f"steps must be at least 1, got {steps}")
         _check(
             size % TOKEN_PIXELS == 0 and TOKEN_PIXELS <= size <= CLIP_PIXELS,
@@ -87,7 +104,7 @@ class Settings:
         _check(0 <= clip < CLIPS, f"clip must be from 0 to {CLIPS - 1}, got {clip}")
         _check(0 <= seed < 2**63, f"seed must be from 0 to 2^63 - 1, got {seed}")
         _make_folder(out)
-        return cls(recall, steps, size, frames, clip, seed, chosen, out)
+        return cls(recall, policy, steps, size, frames, clip, seed, chosen, out)
 
 
 def _check(holds: bool, message: str) -> None:
@@ -95,7 +112,21 @@ def _check(holds: bool, message: str) -> None:
         raise SettingsError(message)
 
 
-def _device(name: str) -> torch.device:
+def _read_policy(path: Path) -> PolicyLike:
+    try:
+        return load_policy(path)
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from error
+    except PolicyFormatError as error:
+        raise SettingsError(error) from error
+
+
+def find_device(name: str) -> torch.device:
+    """The device of "auto", "cpu" or "cuda".
+
+    Raises:
+        SettingsError: there is none.
+    """
     available = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if available else "cpu")

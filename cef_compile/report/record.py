@@ -108,9 +108,10 @@ def join(report: Mapping[str, Any], audit: Mapping[str, Any] | None) -> dict[str
     audited = {key(node): node for node in audit["nodes"]} if audit else {}
     nodes: list[dict[str, Any]] = []
     # A node that was compiled for several sizes is listed once for each, and audited as one; its
-    # audit stands with the newest.
+    # audit stands with the newest that ran filtered, be it dense at the noise level of now.
     for node in reversed(report["nodes"]):
-        found = audited.pop(key(node), None) if node["decision"] == "filtered" else None
+        ran = node["decision"] == "filtered" or node["calls"]
+        found = audited.pop(key(node), None) if ran else None
         nodes.insert(0, {**node, "audit": found})
     return finite(
         {

@@ -20,8 +20,9 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
         patterns = ", ".join(map(repr, record["unmatched_rules"]))
         text.append(f"Rules of the policy that match no node: {patterns}.")
     text += break_sentences(record["breaks"])
-    if filtered:
-        text += _delivered(record, [node for node in filtered if node["audit"]])
+    audited = [node for node in nodes if node["audit"]]  # some may be dense by now
+    if filtered or audited:
+        text += _delivered(record, audited)
     return [paragraph for paragraph in text if paragraph]
 
 
