@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PROMPT = "a fox runs through fresh snow at dawn"
 
@@ -70,6 +74,42 @@ def load(name: str, pipeline: Any, options: argparse.Namespace) -> Any:
 
         return tiny_pipelines.build(name)
     return pipeline.from_pretrained(options.model, torch_dtype=torch.bfloat16).to("cuda")
+
+
+@contextmanager
+def join_ranks(options: argparse.Namespace) -> Iterator[Any]:
+    """The process group of all ranks that torchrun has started, each with a GPU of its own.
+
+    Args:
+        options: of the command line; a dry run has no GPU.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not options.dry_run:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if options.dry_run else "nccl")
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def spread(transformer: Any, options: argparse.Namespace) -> Any:
+    """The transformer with its sequence spread over all ranks, by Ulysses.
+
+    Args:
+        transformer: of diffusers.
+        options: of the command line.
+    """
+    import torch
+    import torch.distributed as dist
+    from diffusers import ContextParallelConfig
+
+    # diffusers takes a rank's GPU from their number, by which it divides.
+    one = mock.patch.object(torch.accelerator, "device_count", return_value=1)
+    with one if options.dry_run else nullcontext():
+        config = ContextParallelConfig(ulysses_degree=dist.get_world_size())
+        transformer.enable_parallelism(config=config)
+    return transformer
 
 
 def call_arguments(name: str, options: argparse.Namespace, **sizes: int) -> dict[str, Any]:

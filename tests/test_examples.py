@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if 'if __name__ == "__main__"' in p.read_text())
 NAMES = [script.stem for script in SCRIPTS]
+SEVERAL = "wan22_multi_gpu"
+"""Runs under torchrun."""
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -23,10 +26,21 @@ def run(monkeypatch, name: str, *arguments: object) -> None:
 
 def test_all_are_here() -> None:
     wanted = "cogvideox flux hunyuan_video ltx_video qwen_image sd35 wan21 wan22_14b wan22_5b"
-    assert wanted.split() == NAMES
+    assert [*wanted.split(), SEVERAL] == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_on_two_ranks(tmp_path) -> None:
+    out = tmp_path / "out.gif"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["--dry-run", "--out", str(out), "--recall", "0.9", "--warm-up", "0.99"]
+    command = [*torchrun, str(EXAMPLES / f"{SEVERAL}.py"), *options]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert out.stat().st_size > 0
+    assert printed.count(f"wrote {out}") == printed.count("attention nodes") == 1
+    assert "rank 1" in printed
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != SEVERAL])
 def test_a_dry_run(name: str, monkeypatch, tmp_path, capsys) -> None:
     video = "frames" in (EXAMPLES / f"{name}.py").read_text()
     out = tmp_path / f"{name}.{'gif' if video else 'png'}"
