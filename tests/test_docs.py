@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import warnings
@@ -29,7 +30,7 @@ PAGES = [
 """All of them: a new page under docs/ is one of these by itself."""
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-SHELL_COMMANDS = ("cef-compile", "make", "pip", "python")
+SHELL_COMMANDS = ("cef-compile", "make", "pip", "python", "torchrun")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -57,6 +58,11 @@ def test_python_runs(
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in alone.items():  # as torchrun sets them
+        monkeypatch.setenv(name, str(value))
     for name in ("dense.png", "filtered.png"):
         Image.new("RGB", (4, 4)).save(name)
     quick = partial(cef_compile.backend, inner="eager", min_kv_len=0)
@@ -92,8 +98,9 @@ def test_commands_exist(page: Path) -> None:
             assert make_parser().parse_args(rest).run
         elif command == "make":
             assert rest[0] in targets
-        elif command == "python":
-            assert (ROOT / rest[0]).is_file()
+        elif command in ("python", "torchrun"):
+            script = next(argument for argument in rest if argument.endswith(".py"))
+            assert (ROOT / script).is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))

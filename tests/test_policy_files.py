@@ -544,6 +544,24 @@ def test_a_policy_that_is_set_later_warns_as_well() -> None:
     assert [node.recall for node in backend.report.nodes] == [0.9] * 3
 
 
+@pytest.mark.parametrize(
+    ("q_shape", "k_shape", "fits"),
+    [
+        ((1, 1, 640, 16), (1, 1, 640, 16), True),  # a rank's heads
+        ((1, 2, 320, 16), (1, 2, 640, 16), True),  # a rank's queries
+        ((1, 1, 160, 16), (1, 1, 640, 16), True),  # both
+        ((1, 3, 640, 16), (1, 3, 640, 16), False),
+        ((1, 4, 640, 16), (1, 4, 640, 16), False),
+        ((1, 2, 300, 16), (1, 2, 640, 16), False),
+        ((1, 2, 320, 16), (1, 2, 320, 16), False),
+        ((1, 2, 640, 8), (1, 2, 640, 8), False),
+    ],
+)
+def test_what_a_rank_has_of_a_node_is_no_difference(q_shape, k_shape, fits: bool) -> None:
+    nodes = [replace(NODE, path="blocks.0", q_shape=q_shape, k_shape=k_shape)]
+    assert ("size" in made_for().differences("Stack", nodes, complete=False)) is not fits
+
+
 def test_a_batch_of_another_size_is_no_difference() -> None:
     policy = made_for()
     nodes = [

@@ -129,7 +129,7 @@ class NodePolicy(Rules):
             f"{entry} (made for {entry.q_shape[-2]} x {entry.k_shape[-2]}, now"
             f" {node.q_len} x {node.kv_len})"
             for entry, node in pairs
-            if (entry.q_shape[1:], entry.k_shape[1:]) != (node.q_shape[1:], node.k_shape[1:])
+            if not _is_part(node, entry)
         ]
         if sizes:
             found["size"] = f"queries x keys are others in {_some(sizes)}"
@@ -159,6 +159,17 @@ def check_entry(entry: NodeEntry) -> NodeEntry:
             f" {sorted(variants)}"
         )
     return entry
+
+
+def _is_part(node: AttentionNode, entry: NodeEntry) -> bool:
+    """Whether a node is the one of an entry, or what one of several ranks has of it.
+
+    Ranks share out heads (Ulysses, tensor parallel) or queries (ring), and see all keys.
+    """
+    whole = (*entry.q_shape[1:3], entry.k_shape[1])
+    part = (*node.q_shape[1:3], node.k_shape[1])
+    divides = all(size and total % size == 0 for total, size in zip(whole, part, strict=True))
+    return divides and entry.k_shape[2:] == node.k_shape[2:]
 
 
 def dtype_name(node: AttentionNode) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,6 +20,8 @@ ROOT: Final = Path(__file__).parents[2]
 RESULTS: Final = ROOT / "bench" / "results" / "attention-h100.json"
 VARIANTS: Final = ROOT / "bench" / "results" / "variants-h100.json"
 END_TO_END: Final = ROOT / "bench" / "results" / "end-to-end-h100.json"
+MULTI_GPU: Final = ROOT / "bench" / "results" / "multi-gpu-h100.json"
+SCALING: Final = ROOT / "bench" / "scaling.py"
 RECALLS: Final = Path(__file__).with_name("recalls.json")
 PAGES: Final = tuple(
     ROOT / page
@@ -27,6 +30,7 @@ PAGES: Final = tuple(
         "docs/kernel-design.md",
         "docs/choosing-a-recall.md",
         "docs/quality-study.md",
+        "docs/several-gpus.md",
     )
 )
 DEFAULT_VARIANT: Final = "first pass dense"
@@ -170,6 +174,53 @@ def end_to_end(_: dict[str, Any]) -> str:
     return markdown([*header, "attention's share, dense", "first call, dense, filtered"], table)
 
 
+def multi_gpu(_: dict[str, Any]) -> str:
+    """Ulysses on two GPUs, and one."""
+    rows: Rows = json.loads(MULTI_GPU.read_text(encoding="utf-8"))["forward"]
+    table = []
+    for tokens, gpus in dict.fromkeys((row["tokens"], row["gpus"]) for row in rows):
+        dense, planned = (r for r in rows if (r["tokens"], r["gpus"]) == (tokens, gpus))
+        times = [f"{row['ms']:.1f} ms" for row in (dense, planned)]
+        table.append([f"{tokens:,}", str(gpus), *times, speed(planned)])
+    return markdown(["tokens", "GPUs", "dense", "filtered, density 0.3", ""], table)
+
+
+def multi_gpu_about(_: dict[str, Any]) -> str:
+    """Where those are from."""
+    card = json.loads(MULTI_GPU.read_text(encoding="utf-8"))["about"]
+    return (
+        f"{card['model']}; {card['gpus']} x {card['card']}, torch {card['torch']}, Triton"
+        f" {card['triton']}, NCCL {card['nccl']}, diffusers {card['diffusers']}, {card['dtype']},"
+        f" {card['date']}.\n"
+    )
+
+
+def multi_gpu_errors(_: dict[str, Any]) -> str:
+    """What two GPUs change, beside what filtering changes."""
+    found = json.loads(MULTI_GPU.read_text(encoding="utf-8"))
+    table = []
+    for whole in found["balanced"]:
+        tokens = whole["tokens"]
+        errors = [row for row in found["error"] if row["tokens"] == tokens]
+        cells = [f"{row['relative']:.4f}" for row in errors]
+        table.append([f"{tokens:,}", *cells, f"{whole['relative_error']:.4f}"])
+    header = [f"{row['of']} against {row['against']}" for row in found["error"][:3]]
+    return markdown(["tokens", *header, "default policy, 2 GPUs against 1"], table)
+
+
+def scaling_check(_: dict[str, Any]) -> str:
+    """The model of bench/scaling.py beside the measurements."""
+    header = ["tokens", "GPUs", "pass", "measured, ms", "modelled, ms", ""]
+    return markdown(header, runpy.run_path(str(SCALING))["checked"]())
+
+
+def scaling(_: dict[str, Any]) -> str:
+    """What it makes of eight GPUs."""
+    header = ["tokens", "1 GPU, dense", "8 GPUs, dense", "8 GPUs, filtered", "gain"]
+    exchange = ["exchange, of dense", "exchange, of filtered"]
+    return markdown([*header, *exchange], runpy.run_path(str(SCALING))["estimates"]())
+
+
 def _variants() -> dict[str, dict[float, dict[str, Any]]]:
     found: dict[str, dict[float, dict[str, Any]]] = {}
     for row in json.loads(VARIANTS.read_text(encoding="utf-8"))["rows"]:
@@ -225,6 +276,11 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "online": online,
     "recalls": recalls,
     "end_to_end": end_to_end,
+    "multi_gpu": multi_gpu,
+    "multi_gpu_about": multi_gpu_about,
+    "multi_gpu_errors": multi_gpu_errors,
+    "scaling_check": scaling_check,
+    "scaling": scaling,
     "curve": curve,
     "variants": variants,
 }
