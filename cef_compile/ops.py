@@ -106,7 +106,18 @@ def pooled(parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
     whole[c.MEASURE_LOG2_THRESHOLD] = torch.where(
         (thresholds == thresholds[0]).all(), thresholds[0], torch.nan
     )
+    engines = stacked[:, c.MEASURE_ENGINE]
+    whole[c.MEASURE_ENGINE] = torch.where((engines == engines[0]).all(), engines[0], torch.nan)
     return whole
+
+
+def engine(measures: Tensor) -> str:
+    """What computed a call: one of "reference" (PyTorch), "triton", "hopper", "fa4".
+
+    Empty where it was dense, or its parts were computed by several. Synchronises with the device.
+    """
+    number = measures[c.MEASURE_ENGINE].item()
+    return "" if math.isnan(number) else c.ENGINES[int(number)]
 
 
 def new_control(decision: Decision, device: torch.device, seed: int = 0) -> Tensor:

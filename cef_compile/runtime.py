@@ -166,6 +166,7 @@ class NodeState:
             filter="" if decision.is_dense else decision.filter,
             rule="" if decision.is_dense else decision.rule,
             certify="" if decision.is_dense else decision.certify,
+            engine="sdpa" if decision.is_dense else ops.engine(self.measures) if self.calls else "",
             recall=decision.recall,
             group=decision.group,
             reason="" if decision.reason is None else str(decision.reason),

@@ -535,6 +535,20 @@ class TestNumbers:
         assert read == ops.Measures(0.25, 0.5, 0.75, 0.125, 0.125, 0.375, 0.0625)
         assert math.isnan(ops.Measures.of(torch.full((8,), math.nan)).threshold)
 
+    def test_engine(self) -> None:
+        measures = torch.full((ops.MEASURE_SIZE,), math.nan)
+        assert ops.engine(measures) == ""
+        hopper = measures.clone()
+        hopper[c.MEASURE_ENGINE] = c.ENGINES.index("hopper")
+        assert ops.engine(hopper) == "hopper"
+        assert ops.engine(ops.pooled([hopper, hopper], [3, 5])) == "hopper"
+        assert ops.engine(ops.pooled([hopper, measures], [3, 5])) == ""
+        decision = DECISIONS["planned"]
+        assert ops.engine(torch.ops.cef.attention(*arguments(X, 0, decision, None))[2]) == ""
+        assert (
+            ops.engine(torch.ops.cef.attention(*arguments(X, 1, decision, None))[2]) == "reference"
+        )
+
     @given(
         cases_=st.lists(cases(mask="none"), min_size=1, max_size=4),
         recall=RECALLS,

@@ -63,13 +63,14 @@ class TestReport:
             "x",
             "kv",
             "decision",
+            "engine",
             "recall",
             "estimate",
             "density",
             "why",
         ]
         assert " ".join(lines[7].split()) == (
-            "blocks.0.attn1#0 self softmax(bmm) 4096 x 8192 planned 0.900 0.910 0.250"
+            "blocks.0.attn1#0 self softmax(bmm) 4096 x 8192 planned triton 0.900 0.910 0.250"
         )
         assert lines[8].endswith("cross attention to a short context (77 keys)")
         assert lines[9].startswith("(unnamed)#1")

@@ -76,7 +76,13 @@ MEASURE_ERROR_STDERR: Final = 6
 """measures[6]: standard error of measures[5]."""
 MEASURE_NORM: Final = 7
 """measures[7]: mean square of a sampled row of exact output: the weight of a part's error."""
-MEASURE_SIZE: Final = 8
+MEASURE_ENGINE: Final = 8
+"""measures[8]: what computed the call, an index into ``ENGINES``; NaN where it was dense."""
+MEASURE_SIZE: Final = 9
+
+ENGINES: Final = ("reference", "triton", "hopper", "fa4")
+"""PyTorch, the Triton kernels, and those that replace the attention over lists: the Gluon kernel
+and FlashAttention-4."""
 
 AUDIT_FRACTION: Final = 0.005
 """Share of the query tiles whose exact attention an audit computes: its share of dense work."""

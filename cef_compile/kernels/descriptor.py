@@ -23,9 +23,13 @@ def can_describe(x: Tensor) -> bool:
     )
 
 
-def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor that loads ``[1, 1, rows, columns]``, zeros beyond the edges of ``x``."""
+def strides(x: Tensor) -> list[int]:
+    """Strides of ``x [B, H, L, D]`` as TMA takes them."""
     # A dimension of size 1 is never stepped over: its stride, which may be anything, is replaced.
     step = _ALIGNMENT // x.element_size()
-    strides = [s if n > 1 else step for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns])
+    return [s if n > 1 else step for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)] + [1]
+
+
+def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Descriptor that loads ``[1, 1, rows, columns]``, zeros beyond the edges of ``x``."""
+    return TensorDescriptor(x, list(x.shape), strides(x), [1, 1, rows, columns])

@@ -19,9 +19,10 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels import online as _online
 from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
-from cef_compile.kernels.centroids import arrange, centroids
+from cef_compile.kernels.centroids import Centroids, arrange, centroids
 from cef_compile.kernels.descriptor import can_describe
-from cef_compile.kernels.lists import lists, threshold
+from cef_compile.kernels.engines import list_engine
+from cef_compile.kernels.lists import Lists, lists, threshold
 from cef_compile.kernels.order import Layout
 from cef_compile.kernels.plan import plan, variance_factor
 from cef_compile.kernels.tuning import Tuning, find_tuning
@@ -80,6 +81,7 @@ def planned(
     compensate: bool = False,
     audited: bool = False,
     layout: Layout | None = None,
+    engine: str | None = None,
 ) -> Output:
     """Filter by a plan made from tile centroids, then attend to the listed tiles.
 
@@ -95,6 +97,8 @@ def planned(
         audited: measure achieved recall and error on a sample of query tiles.
         layout: cut tiles in the order of these tokens, exact ones apart and always kept; None for
             the order in which they come. It takes a copy of k and v.
+        engine: one of ``LIST_ENGINES`` for the attention over the lists; None for the fastest that
+            can compute the call and is part of this package.
 
     Raises:
         ValueError: for inputs outside these limits.
@@ -111,6 +115,17 @@ def planned(
         tiled_k, tiled_v, tiled_mask = arranged.k, arranged.v, arranged.key_mask
         tokens, exact_tiles, cents = arranged.tokens, layout.exact_tiles, arranged.centroids
     partial = tiled_mask is not None or tiled_k.shape[2] % c.BLOCK_N != 0
+    engine = list_engine(
+        _architecture(q.device),
+        q.dtype,
+        q.shape[3],
+        v.shape[3],
+        described=_descriptors(tiled_k, tiled_v),
+        masked=tiled_mask is not None,
+        ordered=tokens is not None,
+        compensate=compensate,
+        wanted=engine,
+    )
     ranked = plan(
         q,
         cents.stats,
@@ -124,7 +139,7 @@ def planned(
         warps=tuning.plan_warps,
         stages=tuning.plan_stages,
     )
-    bin_, curve, measures = threshold(ranked.histogram, control)
+    bin_, curve, measures = threshold(ranked.histogram, control, engine)
     listed = lists(
         ranked.bins,
         ranked.energy,
@@ -138,28 +153,74 @@ def planned(
         want_kept=compensate,
         exact_tiles=exact_tiles,
     )
-    out, lse = attend(
+    out, lse = _attend(
+        engine,
         q,
         tiled_k,
         tiled_v,
-        listed.index,
-        listed.count,
-        listed.order,
+        listed,
+        cents if compensate else None,
+        tuning,
         scale=scale,
         key_mask=tiled_mask,
-        kept=listed.kept,
-        k_mean=cents.stats if compensate else None,
-        v_mean=centroids(tiled_v, tiled_mask).stats if compensate else None,
-        key_count=cents.count if compensate else None,
         tokens=tokens,
-        descriptors=_descriptors(tiled_k, tiled_v),
-        rows=tuning.attend_rows,
-        warps=tuning.attend_warps,
-        stages=tuning.attend_stages,
     )
     if audited:
         _audit(q, k, v, out, lse, control, measures, tuning, scale, key_mask)
     return Output(out, lse, curve, measures, listed.index, listed.count[0])
+
+
+def _attend(
+    engine: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    listed: Lists,
+    put_back: Centroids | None,
+    tuning: Tuning,
+    *,
+    scale: float,
+    key_mask: Tensor | None,
+    tokens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the lists by one of ``LIST_ENGINES``; only the one that runs is imported."""
+    if engine == "hopper":
+        from cef_compile.kernels import hopper
+
+        return hopper.attend(
+            q,
+            k,
+            v,
+            listed.index,
+            listed.count,
+            listed.order,
+            scale=scale,
+            key_mask=key_mask,
+            tokens=tokens,
+        )
+    if engine == "fa4":
+        from cef_compile.kernels import fa4
+
+        return fa4.attend(q, k, v, listed.index, listed.count, scale=scale)
+    return attend(
+        q,
+        k,
+        v,
+        listed.index,
+        listed.count,
+        listed.order,
+        scale=scale,
+        key_mask=key_mask,
+        kept=listed.kept,
+        k_mean=put_back.stats if put_back else None,
+        v_mean=centroids(v, key_mask).stats if put_back else None,
+        key_count=put_back.count if put_back else None,
+        tokens=tokens,
+        descriptors=_descriptors(k, v),
+        rows=tuning.attend_rows,
+        warps=tuning.attend_warps,
+        stages=tuning.attend_stages,
+    )
 
 
 @_on_the_device_of_q

@@ -37,16 +37,19 @@ class Lists:
     kept: Tensor | None
 
 
-def threshold(histogram: Tensor, control: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def threshold(
+    histogram: Tensor, control: Tensor, engine: str = "triton"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Threshold bin of a node, its normalised histogram, and the measures that follow from both.
 
     Args:
         histogram: int64 ``[2, RANK_BINS]`` of :class:`~cef_compile.kernels.plan.Plan`.
         control: float32 ``[CONTROL_SIZE]``.
+        engine: one of ``ENGINES``, what will compute the attention: to be put on record.
 
     Returns:
         int32 ``[1]``, float32 ``[2, RANK_BINS]``, and float32 ``[MEASURE_SIZE]`` with density,
-        estimate and log2 of the threshold set, the audit's places NaN.
+        estimate, log2 of the threshold and engine set, the audit's places NaN.
     """
     bin_ = torch.empty(1, dtype=torch.int32, device=histogram.device)
     curve = torch.empty(histogram.shape, device=histogram.device)
@@ -70,6 +73,8 @@ def threshold(histogram: Tensor, control: Tensor) -> tuple[Tensor, Tensor, Tenso
         ERROR=c.MEASURE_ERROR,
         SIZE=c.MEASURE_SIZE,
         APPLIED=c.MEASURE_LOG2_THRESHOLD,
+        ENGINE=c.MEASURE_ENGINE,
+        USED=c.ENGINES.index(engine),
         num_warps=_WARPS,
     )
     return bin_, curve, measures
@@ -177,6 +182,8 @@ def _threshold(
     ERROR: tl.constexpr,
     SIZE: tl.constexpr,
     APPLIED: tl.constexpr,
+    ENGINE: tl.constexpr,
+    USED: tl.constexpr,
 ):
     """One program. Sums are of integers, so that no rounding decides which bin is reached."""
     bins = tl.arange(0, BINS)
@@ -208,6 +215,7 @@ def _threshold(
     for at in tl.static_range(ERROR, SIZE):  # an audit's alone
         tl.store(measures + at, float("nan"))
     tl.store(measures + APPLIED, bin_.to(tl.float32) / BINS_PER_OCTAVE - OCTAVES)
+    tl.store(measures + ENGINE, USED)
 
 
 @triton.jit

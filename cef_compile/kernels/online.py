@@ -149,6 +149,8 @@ def online(
         ERROR=c.MEASURE_ERROR,
         SIZE=c.MEASURE_SIZE,
         APPLIED=c.MEASURE_LOG2_THRESHOLD,
+        ENGINE=c.MEASURE_ENGINE,
+        TRITON=c.ENGINES.index("triton"),
         num_warps=_WARPS,
     )
     return out, lse, recall, kept, measures
@@ -528,6 +530,8 @@ def _measure(
     ERROR: tl.constexpr,
     SIZE: tl.constexpr,
     APPLIED: tl.constexpr,
+    ENGINE: tl.constexpr,
+    TRITON: tl.constexpr,
 ):
     """One program: the measures from the sums over all query tiles."""
     kept, pairs = tl.load(sums), tl.load(sums + 1)
@@ -546,3 +550,4 @@ def _measure(
     for at in tl.static_range(ERROR, SIZE):  # an audit's alone
         tl.store(measures + at, float("nan"))
     tl.store(measures + APPLIED, applied)
+    tl.store(measures + ENGINE, TRITON)

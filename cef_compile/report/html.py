@@ -195,13 +195,14 @@ def _node_row(node: Mapping[str, Any], several: bool) -> str:
     error = (audit.get("error"), *audit.get("error_interval", nothing))
     why = f"{node['reason']} ({node['detail']})" if node["detail"] else node["reason"]
     filtered = node["decision"] == "filtered"
+    how = ", ".join(part for part in (node["filter"], node["engine"]) if part)
     cells = [
         _name(node, several),
         node["kind"],
         node["form"],
         _size(node["q_len"]),
         _size(node["kv_len"]),
-        f"filtered ({node['filter']})" if filtered else f"dense: {why}",
+        f"filtered ({how})" if filtered else f"dense: {why}",
         number(audit.get("target", node["recall"])),
         number(audit.get("recall")),
         *map(number, audit.get("interval", nothing)),

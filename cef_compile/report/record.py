@@ -177,6 +177,7 @@ def check(data: Any) -> dict[str, Any]:
     for i, node in enumerate(record["nodes"]):
         _fields(node, NODE_FIELDS, f"nodes[{i}]")
         node.setdefault("audit", None)
+        node.setdefault("engine", "")
         if node["audit"] is not None:
             _audit(node["audit"], f"nodes[{i}].audit", len(record["passes"]))
     return record

@@ -24,6 +24,8 @@ class ReportedNode:
         mask: "none", "key_padding", "bool" or "float".
         decision: "filtered" or "dense".
         filter, rule, certify: how it is filtered; empty if dense.
+        engine: what computed the last filtered call: "reference", "triton", "hopper" or "fa4";
+            empty before one, "sdpa" if dense.
         recall: wanted recall; None if dense. Of a group's nodes it is the mean that counts.
         group: name of the group that shares a threshold; None if the node has its own.
         reason, detail: why it is dense; empty if filtered.
@@ -45,6 +47,7 @@ class ReportedNode:
     filter: str
     rule: str
     certify: str
+    engine: str
     recall: float | None
     group: str | None
     reason: str
@@ -140,7 +143,7 @@ class Report:
         lines += [f"  rule {pattern!r} matches no node" for pattern in self.unmatched_rules]
         lines += [f"  {sentence}" for sentence in breaks]
         models = len({node.model for node in self.nodes}) > 1
-        header = ["node", "kind", "form", "q x kv", "decision"]
+        header = ["node", "kind", "form", "q x kv", "decision", "engine"]
         header += ["recall", "estimate", "density", "why"]
         rows = [
             [
@@ -149,6 +152,7 @@ class Report:
                 node.form,
                 f"{node.q_len} x {node.kv_len}",
                 node.filter or "dense",
+                node.engine,
                 number(node.recall),
                 number(node.estimated_recall),
                 number(node.density),

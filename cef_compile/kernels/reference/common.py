@@ -68,4 +68,5 @@ def new_measures(kept: Tensor, visible: Tensor, estimate: Tensor, log2_threshold
     measures[c.MEASURE_DENSITY] = torch.where(pairs > 0, kept.sum() / pairs, 1)
     measures[c.MEASURE_ESTIMATE] = estimate
     measures[c.MEASURE_LOG2_THRESHOLD] = log2_threshold
+    measures[c.MEASURE_ENGINE] = c.ENGINES.index("reference")
     return measures

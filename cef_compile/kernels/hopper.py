@@ -1,0 +1,480 @@
+"""Step 4 of the planned filter on Hopper: what ``attend`` does, one level lower, in Gluon.
+
+A program is three groups of warps that run on their own, as in FlashAttention-3 (arXiv 2407.08608):
+one warp brings listed tiles of k and v into shared memory, and two groups of 4 warps take half of
+the query tile each. A group computes the scores of one step while the weights of the step before
+meet their values, so that the tensor cores work while exponentials are taken. A step is two listed
+tiles: products of 128 keys use the tensor cores better than those of 64.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Final
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from cef_compile.kernels import config as c
+from cef_compile.kernels.descriptor import strides
+
+_LN2 = gl.constexpr(math.log(2.0))
+_LOG2E = gl.constexpr(math.log2(math.e))
+_PAIR = gl.constexpr(2)
+"""Listed tiles of one step."""
+_SWIZZLE = gl.constexpr(64)
+"""16-bit channels of a swizzled row of shared memory, 128 bytes: what one TMA copy is wide."""
+_GROUPS = gl.constexpr(2)
+"""Groups of 4 warps that compute; each has ``BLOCK_M / 2`` query rows."""
+
+_STAGES: Final = 3
+"""Steps of k and v that shared memory holds: with head_dim 128 no more fit."""
+_GROUP_WARPS: Final = 4
+_REGISTERS: Final = 168
+"""Of a thread when the program starts: three groups of 4 warps share 65,536."""
+_CONSUMER_REGISTERS: Final = 240
+"""Of a thread that computes, once the copying warp has given up its own."""
+_PRODUCER_REGISTERS: Final = 24
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    count: Tensor,
+    order: Tensor,
+    *,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query tile over the key tiles of its list.
+
+    Args:
+        q: ``[B, H, q_len, D]``, any strides; k, v ``[B, Hk, kv_len, D]``, strides that TMA takes;
+            bf16 or fp16, ``D`` 64 or 128.
+        index, count, order: of :class:`~cef_compile.kernels.lists.Lists`.
+        scale: factor of the scores.
+        key_mask: bool ``[B or 1, kv_len]``, any strides.
+
+    Returns:
+        out ``[B, H, q_len, D]`` in (B, q_len, H, D) memory order, and lse float32 ``[B, H, q_len]``
+        of the listed tiles.
+    """
+    batch, heads, q_len, dim = q.shape
+    key_heads, kv_len = k.shape[1], k.shape[2]
+    n_m, n_n = c.tiles(q_len, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
+    out = q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+    if not lse.numel():
+        return out, lse
+    total = batch * heads * n_m
+    _attend[(min(total, _multiprocessors(q.device)),)](
+        q,
+        _describe(k),
+        _describe(v),
+        q if key_mask is None else key_mask,
+        index,
+        count,
+        order,
+        torch.zeros(1, dtype=torch.int32, device=q.device),
+        out,
+        lse,
+        q_len,
+        kv_len,
+        n_m,
+        n_n,
+        heads,
+        heads // key_heads,
+        total,
+        scale,
+        *q.stride(),
+        *out.stride()[:3],
+        0 if key_mask is None or key_mask.shape[0] == 1 else key_mask.stride(0),
+        0 if key_mask is None else key_mask.stride(1),
+        DIM=dim,
+        BLOCK_M=c.BLOCK_M,
+        BLOCK_N=c.BLOCK_N,
+        STAGES=_STAGES,
+        HAS_MASK=key_mask is not None,
+        CONSUMER_REGISTERS=_CONSUMER_REGISTERS,
+        PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
+        num_warps=_GROUP_WARPS,
+        maxnreg=_REGISTERS,
+    )
+    return out, lse
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _describe(x: Tensor) -> TensorDescriptor:
+    """Descriptor of 128 bytes of each key of a tile, zeros beyond the edges of ``x``."""
+    block = [1, 1, c.BLOCK_N, _SWIZZLE.value]
+    layout = gl.NVMMASharedLayout(128, 16, len(block))
+    return TensorDescriptor(x, list(x.shape), strides(x), block, layout)
+
+
+@gluon.jit
+def _place(slot, order, n_m, heads):
+    """Query tile, batch, head and row of the lists of a slot, which is a place in ``order``."""
+    batch_head = slot // n_m
+    tile = gl.load(order + slot)
+    head = batch_head % heads
+    row = batch_head.to(gl.int64) * n_m + tile
+    return tile, batch_head // heads, head, row
+
+
+@gluon.jit
+def _copy(
+    desc, batch, key_head, keys, tiles, stage, full, empty, free,
+    DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Two tiles of k or v into the memory of a step, once that is free."""
+    PARTS: gl.constexpr = DIM // _SWIZZLE
+    mbarrier.wait(empty.index(stage), free)
+    mbarrier.expect(full.index(stage), _PAIR * BLOCK_N * DIM * 2)
+    for part in gl.static_range(PARTS):
+        for i in gl.static_range(_PAIR):
+            tma.async_copy_global_to_shared(
+                desc,
+                [batch, key_head, keys[i], part * _SWIZZLE],
+                full.index(stage),
+                tiles.index((stage * PARTS + part) * _PAIR + i),
+            )
+
+
+@gluon.jit
+def _produce(
+    k_desc, v_desc, k_tiles, v_tiles, bars, lists, sizes, queue, slots,
+    DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp: takes query tiles from the queue and copies their listed tiles of k and v."""
+    k_full, k_empty, v_full, v_empty, slot_full, slot_empty = bars
+    index, count, order = lists
+    n_m, n_n, heads, heads_per_key_head, total_tiles, _q_len, _kv_len = sizes
+    one_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    step = 0
+    turn = 0
+    slot = gl.program_id(0)
+    while slot < total_tiles:
+        _tile, batch, head, row = _place(slot, order, n_m, heads)
+        key_head = head // heads_per_key_head
+        listed = gl.load(count + row)
+        here = index + row * n_n
+        last = gl.maximum(listed - 1, 0)
+        # The numbers of the next tiles are read one step ahead. Where a list has an odd length its
+        # last tile comes twice, and the second is masked.
+        one = gl.load(here).to(gl.int32)
+        two = gl.load(here + gl.minimum(1, last)).to(gl.int32)
+        for first in range(0, listed, _PAIR):
+            keys = (one * BLOCK_N, two * BLOCK_N)
+            one = gl.load(here + gl.minimum(first + 2, last)).to(gl.int32)
+            two = gl.load(here + gl.minimum(first + 3, last)).to(gl.int32)
+            stage = step % STAGES
+            free = (step // STAGES) & 1 ^ 1
+            _copy(
+                k_desc, batch, key_head, keys, k_tiles, stage, k_full, k_empty, free, DIM, BLOCK_N
+            )
+            _copy(
+                v_desc, batch, key_head, keys, v_tiles, stage, v_full, v_empty, free, DIM, BLOCK_N
+            )
+            step += 1
+        slot = gl.num_programs(0) + gl.atomic_add(queue, 1, sem="relaxed")
+        mbarrier.wait(slot_empty, (turn & 1) ^ 1)
+        slots.store(gl.full([1], 0, gl.int32, one_layout) + slot)
+        mbarrier.arrive(slot_full, count=1)
+        turn += 1
+
+
+@gluon.jit
+def _seen(
+    first, listed, here, batch, mask, kv_len,
+    BLOCK_N: gl.constexpr, HAS_MASK: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Which keys of a step count: those of a listed tile, inside k, and not masked."""
+    key_mask, mask_b, mask_l = mask
+    column = gl.arange(0, _PAIR * BLOCK_N, layout)
+    place = first + column // BLOCK_N
+    seen = place < listed
+    key = gl.load(here + place, mask=seen, other=0).to(gl.int32) * BLOCK_N + column % BLOCK_N
+    seen = seen & (key < kv_len)
+    if HAS_MASK:
+        hidden = batch.to(gl.int64) * mask_b + key.to(gl.int64) * mask_l
+        seen = seen & (gl.load(key_mask + hidden, mask=seen, other=0) != 0)
+    return seen
+
+
+@gluon.jit
+def _blank(
+    values, first, listed, here, batch, mask, kv_len, BLOCK_N: gl.constexpr, layout: gl.constexpr
+):
+    """Zeroes the values of hidden keys, which may be NaN. Both groups do, and write the same."""
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    seen = _seen(first, listed, here, batch, mask, kv_len, BLOCK_N, True, row_layout)
+    values.store(gl.where(gl.expand_dims(seen, 1), values.load(layout), 0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def _part_sums(weight):
+    """Sums ``[ROWS, 4]`` over what each thread holds of a row: adding them up can wait."""
+    ROWS: gl.constexpr = weight.shape[0]
+    KEYS: gl.constexpr = weight.shape[1]
+    return gl.sum(gl.sum(gl.reshape(weight, [ROWS, KEYS // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _softmax_step(score, top, total, scale2):
+    """Weights of a score tile against the new row maximum, and what the past shrinks by."""
+    new_top = gl.maximum(top, gl.max(score, 1) * scale2)
+    # Subtracting a maximum of -inf would make NaN of rows that have met nothing yet.
+    anchor = gl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = gl.exp2(score * scale2 - gl.expand_dims(anchor, 1))
+    shrink = gl.exp2(top - anchor)
+    sums = _part_sums(weight)
+    layout: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    total = total * gl.expand_dims(gl.convert_layout(shrink, layout), 1) + sums
+    return weight, shrink, new_top, total
+
+
+@gluon.jit
+def _load_rows(
+    q, slot, order, n_m, heads, q_len, q_strides,
+    GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """A group's rows of q, zeros beyond q_len."""
+    ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    q_b, q_h, q_l, q_d = q_strides
+    tile, batch, head, _row = _place(slot, order, n_m, heads)
+    q += batch.to(gl.int64) * q_b + head.to(gl.int64) * q_h
+    at = tile * BLOCK_M + GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    where = gl.expand_dims(at.to(gl.int64) * q_l, 1) + gl.expand_dims(dims.to(gl.int64) * q_d, 0)
+    return gl.load(q + where, mask=gl.expand_dims(at < q_len, 1), other=0.0)
+
+
+@gluon.jit
+def _consume(
+    rows, k_steps, v_steps, bars, lists, sizes, slots, mask,
+    q, q_strides, out, out_strides, lse, scale,
+    GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
+):  # fmt: skip
+    """Four warps: attention of half of each query tile over its listed tiles."""
+    k_full, k_empty, v_full, v_empty, slot_full, slot_empty = bars
+    index, count, order = lists
+    n_m, n_n, heads, _group, total_tiles, q_len, kv_len = sizes
+    out_b, out_h, out_l = out_strides
+    ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    KEYS: gl.constexpr = _PAIR * BLOCK_N
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
+    acc_row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
+    key_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    one_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dtype: gl.constexpr = k_steps.dtype
+
+    rows = rows.index(GROUP)
+    scale2 = scale * _LOG2E
+    # Products that begin anew ignore the accumulator; zeros in its place would cost instructions.
+    score = gl.zeros([ROWS, KEYS], gl.float32, score_layout)
+    step = 0
+    turn = 0
+    slot = gl.program_id(0)
+    rows.store(_load_rows(q, slot, order, n_m, heads, q_len, q_strides, GROUP, DIM, BLOCK_M, wide))
+    fence_async_shared()
+    while slot < total_tiles:
+        tile, batch, head, row = _place(slot, order, n_m, heads)
+        listed = gl.load(count + row)
+        whole = gl.load(count + total_tiles + row) // _PAIR * _PAIR
+        here = index + row * n_n
+        top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+        total = _part_sums(gl.zeros([ROWS, KEYS], gl.float32, score_layout))
+        acc = gl.zeros([ROWS, DIM], gl.float32, acc_layout)
+        weight = gl.zeros([ROWS, KEYS], dtype, weight_layout)
+        stage = step % STAGES
+        phase = (step // STAGES) & 1
+        if listed > 0:
+            mbarrier.wait(k_full.index(stage), phase)
+            keys = k_steps.index(stage).permute((1, 0))
+            score = warpgroup_mma(rows, keys, score, use_acc=False, is_async=True)
+            score = warpgroup_mma_wait(0, deps=(score,))
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            if whole == 0:
+                seen = _seen(0, listed, here, batch, mask, kv_len, BLOCK_N, HAS_MASK, key_layout)
+                score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
+            exact, _shrink, top, total = _softmax_step(score, top, total, scale2)
+            weight = gl.convert_layout(exact.to(dtype), weight_layout)
+            step += 1
+            after = step % STAGES
+            after_phase = (step // STAGES) & 1
+            mbarrier.wait(k_full.index(after), after_phase, pred=listed > _PAIR)
+
+            for first in range(_PAIR, listed, _PAIR):
+                before = stage
+                before_phase = phase
+                stage = after
+                phase = after_phase
+                keys = k_steps.index(stage).permute((1, 0))
+                score = warpgroup_mma(rows, keys, score, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(before), before_phase)
+                if HAS_MASK:
+                    if first > whole:
+                        _blank(
+                            v_steps.index(before), first - _PAIR, listed, here, batch, mask,
+                            kv_len, BLOCK_N, wide,
+                        )  # fmt: skip
+                acc = warpgroup_mma(weight, v_steps.index(before), acc, is_async=True)
+                score = warpgroup_mma_wait(1, deps=(score,))
+                if first >= whole:
+                    seen = _seen(
+                        first, listed, here, batch, mask, kv_len, BLOCK_N, HAS_MASK, key_layout
+                    )
+                    score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
+                exact, shrink, top, total = _softmax_step(score, top, total, scale2)
+                fresh = exact.to(dtype)
+                # The next keys are awaited here, and the fresh weights go through the wait below,
+                # for what it keeps the assembler from: moving the exponentials behind that wait,
+                # where no product runs beside them.
+                step += 1
+                after = step % STAGES
+                after_phase = (step // STAGES) & 1
+                mbarrier.wait(k_full.index(after), after_phase, pred=first + _PAIR < listed)
+                acc, weight, fresh = warpgroup_mma_wait(0, deps=(acc, weight, fresh))
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                mbarrier.arrive(v_empty.index(before), count=1)
+                acc = acc * gl.expand_dims(gl.convert_layout(shrink, acc_row_layout), 1)
+                weight = gl.convert_layout(fresh, weight_layout)
+
+        # The next rows are on their way while these are finished.
+        mbarrier.wait(slot_full, turn & 1)
+        following = gl.max(slots.load(one_layout), 0)
+        mbarrier.arrive(slot_empty, count=1)
+        turn += 1
+        known = gl.minimum(following, total_tiles - 1)
+        next_rows = _load_rows(
+            q, known, order, n_m, heads, q_len, q_strides, GROUP, DIM, BLOCK_M, wide
+        )
+
+        if listed > 0:
+            mbarrier.wait(v_full.index(stage), phase)
+            if HAS_MASK:
+                if whole < listed:
+                    _blank(
+                        v_steps.index(stage), (listed - 1) // _PAIR * _PAIR, listed, here, batch,
+                        mask, kv_len, BLOCK_N, wide,
+                    )  # fmt: skip
+            acc = warpgroup_mma(weight, v_steps.index(stage), acc, is_async=True)
+            acc, weight = warpgroup_mma_wait(0, deps=(acc, weight))
+            mbarrier.arrive(v_empty.index(stage), count=1)
+
+        row_total = gl.convert_layout(gl.sum(total, 1), row_layout)
+        at = tile * BLOCK_M + GROUP * ROWS + gl.arange(0, ROWS, row_layout)
+        log_energy = (top + gl.log2(row_total)) * _LN2
+        gl.store(
+            lse + (batch * heads + head).to(gl.int64) * q_len + at, log_energy, mask=at < q_len
+        )
+        factor = gl.convert_layout(1.0 / gl.where(row_total == 0, 1.0, row_total), acc_row_layout)
+        # Through the memory of the rows, so that whole lines are written.
+        rows.store((acc * gl.expand_dims(factor, 1)).to(dtype))
+        mean = rows.load(wide)
+        at = tile * BLOCK_M + GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
+        dims = gl.arange(0, DIM, gl.SliceLayout(0, wide))
+        base = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
+        where = gl.expand_dims(at.to(gl.int64) * out_l, 1) + gl.expand_dims(dims, 0)
+        gl.store(base + where, mean, mask=gl.expand_dims(at < q_len, 1))
+        rows.store(next_rows)
+        fence_async_shared()
+        slot = following
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "q_len",
+        "kv_len",
+        "n_m",
+        "n_n",
+        "heads",
+        "heads_per_key_head",
+        "total_tiles",
+    ]
+)
+def _attend(
+    q, k_desc, v_desc, key_mask, index, count, order, queue, out, lse,
+    q_len, kv_len, n_m, n_n, heads, heads_per_key_head, total_tiles, scale,
+    q_b, q_h, q_l, q_d, out_b, out_h, out_l, mask_b, mask_l,
+    DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    HAS_MASK: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One program per multiprocessor: memory and barriers, then three groups of warps."""
+    dtype: gl.constexpr = k_desc.dtype
+    KEYS: gl.constexpr = _PAIR * BLOCK_N
+    COPIES: gl.constexpr = STAGES * _PAIR * DIM // _SWIZZLE
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    one: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    rows = gl.allocate_shared_memory(dtype, [_GROUPS, BLOCK_M // _GROUPS, DIM], layout)
+    k_steps = gl.allocate_shared_memory(dtype, [STAGES, KEYS, DIM], layout)
+    v_steps = gl.allocate_shared_memory(dtype, [STAGES, KEYS, DIM], layout)
+    # The same memory as TMA fills it: for each 64 channels one tile of keys after the other.
+    k_tiles = k_steps._reinterpret(dtype, [COPIES, 1, 1, BLOCK_N, _SWIZZLE], k_desc.layout)
+    v_tiles = v_steps._reinterpret(dtype, [COPIES, 1, 1, BLOCK_N, _SWIZZLE], v_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=_GROUPS)
+        mbarrier.init(v_empty.index(stage), count=_GROUPS)
+    slots = gl.allocate_shared_memory(gl.int32, [1], one)
+    slot_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    slot_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
+    mbarrier.init(slot_full, count=1)
+    mbarrier.init(slot_empty, count=_GROUPS)
+    fence_async_shared()
+
+    bars = (k_full, k_empty, v_full, v_empty, slot_full, slot_empty)
+    lists = (index, count, order)
+    sizes = (n_m, n_n, heads, heads_per_key_head, total_tiles, q_len, kv_len)
+    mask = (key_mask, mask_b, mask_l)
+    q_strides = (q_b, q_h, q_l, q_d)
+    out_strides = (out_b, out_h, out_l)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                rows, k_steps, v_steps, bars, lists, sizes, slots, mask,
+                q, q_strides, out, out_strides, lse, scale,
+                0, DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK,
+            )),
+            (_consume, (
+                rows, k_steps, v_steps, bars, lists, sizes, slots, mask,
+                q, q_strides, out, out_strides, lse, scale,
+                1, DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK,
+            )),
+            (_produce, (
+                k_desc, v_desc, k_tiles, v_tiles, bars, lists, sizes, queue, slots,
+                DIM, BLOCK_N, STAGES,
+            )),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
