@@ -40,9 +40,9 @@ _GROUPS = gl.constexpr(2)
 
 _STAGES: Final = 3
 """Steps of k and v that shared memory holds: with head_dim 128 no more fit."""
-_GROUP_WARPS: Final = 4
-_REGISTERS: Final = 168
-"""Of a thread when the program starts: three groups of 4 warps share 65,536."""
+OPTIONS: Final = {"num_warps": 4, "maxnreg": 168}
+"""Warps of a group that computes, and registers of a thread when the program starts: three times 4
+warps share 65,536."""
 _CONSUMER_REGISTERS: Final = 240
 """Of a thread that computes, once the copying warp has given up its own."""
 _PRODUCER_REGISTERS: Final = 24
@@ -103,17 +103,23 @@ def attend(
         *out.stride()[:3],
         0 if key_mask is None or key_mask.shape[0] == 1 else key_mask.stride(0),
         0 if key_mask is None else key_mask.stride(1),
-        DIM=dim,
-        BLOCK_M=c.BLOCK_M,
-        BLOCK_N=c.BLOCK_N,
-        STAGES=_STAGES,
-        HAS_MASK=key_mask is not None,
-        CONSUMER_REGISTERS=_CONSUMER_REGISTERS,
-        PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
-        num_warps=_GROUP_WARPS,
-        maxnreg=_REGISTERS,
+        **constants(dim, masked=key_mask is not None),
+        **OPTIONS,
     )
     return out, lse
+
+
+def constants(dim: int, *, masked: bool) -> dict[str, object]:
+    """What the kernel is compiled for."""
+    return {
+        "DIM": dim,
+        "BLOCK_M": c.BLOCK_M,
+        "BLOCK_N": c.BLOCK_N,
+        "STAGES": _STAGES,
+        "HAS_MASK": masked,
+        "CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
+        "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+    }
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from support import Case, Inputs, cases, oracle
+from support import Case, Inputs, by_element, cases, oracle
 from torch import Tensor
 
 from cef_compile.kernels import config as c
@@ -153,6 +153,35 @@ def assert_audit(got: launch.Output, x: Inputs, seed: int) -> ref.Audited:
     return wanted
 
 
+def assert_output(x: Inputs, kept: torch.Tensor, got: launch.Output, compensate: bool) -> None:
+    """Error at most twice that of low precision on the same kept set, against float64."""
+    exact = x.to(torch.float64)
+    cents = ref.centroids(exact.k, x.mask) if compensate else None
+    wanted, lse = ref.attend(exact.q, exact.k, exact.v, kept, x.scale, x.mask, cents)
+    out = got.out.cpu()
+    assert out.dtype == x.q.dtype
+    assert out.transpose(1, 2).is_contiguous()
+    seen = by_element(kept, x.q.shape[2], x.k.shape[2])
+    if x.mask is not None:
+        seen = seen & x.mask[:, None, None]
+    plain = low_precision(x, seen)
+    without = ref.attend(exact.q, exact.k, exact.v, kept, x.scale, x.mask)[0]
+    eps = torch.finfo(x.q.dtype).eps
+    largest = x.v.nan_to_num(nan=0.0).double().abs().max()
+    size = x.scale * x.q.double().abs().amax((0, 1, 2)) @ x.k.double().abs().amax((0, 1, 2))
+    fp32 = torch.finfo(torch.float32).eps * (size * x.q.shape[3] + x.k.shape[2]) * largest
+    floor = eps * largest + fp32
+    if compensate:  # pseudo-tokens are stored in the dtype of the inputs
+        floor = floor + 2 * eps * size * largest
+    error = (out.double() - wanted).abs().max()
+    assert error <= 2 * (plain.double() - without).abs().max() + floor
+    empty = lse == -torch.inf
+    mine = got.lse.cpu()
+    assert (mine == -torch.inf).equal(empty)
+    off = (mine.double() - lse).masked_fill(empty, 0).abs().max()
+    assert off <= torch.finfo(torch.float32).eps * (4 * size * x.q.shape[3] + x.k.shape[2] + 8)
+
+
 def tie_margin(x: Inputs) -> float:
     """By how many bins a rank may differ from the formula's: centroids are stored in x's dtype.
 
@@ -180,6 +209,7 @@ __all__ = [
     "ON_GPU",
     "Case",
     "assert_audit",
+    "assert_output",
     "laid_out",
     "listed",
     "low_precision",

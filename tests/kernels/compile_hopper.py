@@ -1,0 +1,93 @@
+"""Compiles the Gluon kernel for Hopper, which needs no GPU, and says what came out.
+
+    python compile_hopper.py HEAD_DIM MASKED
+
+Apart from the tests, whose process may run Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from cef_compile.kernels import config as c
+from cef_compile.kernels import hopper
+
+POINTERS = {
+    "q": "bf16", "out": "bf16", "lse": "fp32", "index": "i16", "count": "i32", "order": "i32",
+    "queue": "i32", "key_mask": "i1",
+}  # fmt: skip
+ALIGNED = {*POINTERS, "q_b", "q_h", "q_l", "out_b", "out_h", "out_l"}
+
+
+def build(dim: int, masked: bool) -> triton.compiler.CompiledKernel:
+    """The kernel as ``hopper.attend`` launches it, for contiguous rows."""
+    kernel = hopper._attend
+    layout = gl.NVMMASharedLayout(128, 16, 4)
+    given = hopper.constants(dim, masked=masked) | {"q_d": 1, "mask_l": 1}
+    signature, constants, attributes = {}, {}, {}
+    for at, name in enumerate(kernel.arg_names):
+        if name in given:
+            signature[name] = "constexpr"
+            constants[at,] = given[name]
+        elif name in POINTERS:
+            signature[name] = f"*{POINTERS[name]}"
+        elif name.endswith("_desc"):
+            signature[name] = f"tensordesc<bf16[1, 1, {c.BLOCK_N}, 64],{layout!r}>"
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if name in ALIGNED:
+            attributes[at,] = [["tt.divisibility", 16]]
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=hopper.OPTIONS)
+
+
+def machine_code(kernel: triton.compiler.CompiledKernel) -> list[str]:
+    """Instructions, one a line."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(tool), "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", text, re.MULTILINE)
+
+
+def beside_products(code: list[str]) -> list[int]:
+    """Exponentials between the wait for the scores and the wait for the product that runs on."""
+    found = []
+    for at, line in enumerate(code):
+        if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line:
+            rest = code[at + 1 :]
+            until = next(i for i, other in enumerate(rest) if "WARPGROUP.DEPBAR" in other)
+            found.append(sum("MUFU.EX2" in other for other in rest[:until]))
+    return found
+
+
+def main() -> None:
+    kernel = build(int(sys.argv[1]), sys.argv[2] == "True")
+    code = machine_code(kernel)
+    print(
+        json.dumps(
+            {
+                "shared": kernel.metadata.shared,
+                "products": sum("HGMMA" in line for line in code),
+                "copies": sum("UTMALDG" in line for line in code),
+                "spills": sum(line.startswith(("STL", "@P0 STL")) for line in code),
+                "beside": beside_products(code),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Engines of the attention over lists: the choice, Hopper's code, and each against float64."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import (
+    DEVICE,
+    FEWER,
+    ON_GPU,
+    assert_output,
+    laid_out,
+    listed,
+    on_cpu,
+    on_device,
+)
+from support import Case, Inputs, cases, control, same_bits, visible_tiles
+
+from cef_compile.kernels import config as c
+from cef_compile.kernels import launch
+from cef_compile.kernels.engines import LIST_ENGINES, fa4_lacks, hopper_lacks, list_engine
+
+FITS = {"described": True, "masked": False, "compensate": False}
+
+
+class TestChoice:
+    @given(
+        architecture=st.sampled_from([0, 80, 89, 90, 100, 120]),
+        dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+        dim=st.sampled_from([40, 64, 96, 128, 256]),
+        value_dim=st.sampled_from([24, 64, 128]),
+        described=st.booleans(),
+        masked=st.booleans(),
+        compensate=st.booleans(),
+    )
+    def test_hopper_where_it_fits_and_triton_elsewhere(
+        self,
+        architecture: int,
+        dtype: torch.dtype,
+        dim: int,
+        value_dim: int,
+        described: bool,
+        masked: bool,
+        compensate: bool,
+    ) -> None:
+        fits = (
+            architecture == 90
+            and dtype != torch.float32
+            and dim == value_dim
+            and dim in (64, 128)
+            and described
+            and not compensate
+        )
+        call = (architecture, dtype, dim, value_dim)
+        options = {"described": described, "masked": masked, "compensate": compensate}
+        assert list_engine(*call, **options) == ("hopper" if fits else "triton")
+        assert list_engine(*call, **options, wanted="triton") == "triton"
+        if fits:
+            assert list_engine(*call, **options, wanted="hopper") == "hopper"
+        else:
+            with pytest.raises(ValueError, match="engine 'hopper' cannot compute this call: "):
+                list_engine(*call, **options, wanted="hopper")
+
+    def test_wanted_engine_must_exist(self) -> None:
+        with pytest.raises(ValueError, match="not 'cudnn'"):
+            list_engine(90, torch.bfloat16, 128, 128, **FITS, wanted="cudnn")
+
+    @pytest.mark.parametrize(
+        ("change", "why"),
+        [
+            ({"architecture": 80}, "older than Hopper"),
+            ({"dtype": torch.float32}, "dtype"),
+            ({"dim": 40}, "head_dim 40 and 128"),
+            ({"masked": True}, "key mask"),
+            ({"compensate": True}, "compensate"),
+        ],
+    )
+    def test_what_flash_attention_4_lacks(self, change: dict, why: str) -> None:
+        call = {"architecture": 90, "dtype": torch.float16, "dim": 128, "value_dim": 128}
+        call |= {"masked": False, "compensate": False}
+        assert why in fa4_lacks(**{**call, **change})
+
+    def test_every_engine_is_on_record(self) -> None:
+        assert set(LIST_ENGINES) <= set(c.ENGINES)
+
+
+COMPILE = Path(__file__).with_name("compile_hopper.py")
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program can have on Hopper."""
+
+
+@pytest.mark.parametrize(("dim", "masked"), [(128, False), (64, True)])
+def test_code_for_hopper(dim: int, masked: bool) -> None:
+    """The Gluon kernel compiles without a GPU, fits the chip, and overlaps what it should."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(COMPILE), str(dim), str(masked)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    code = json.loads(found.stdout)
+    assert code["shared"] <= SHARED_MEMORY
+    # Scores and values, of 16 channels or keys each: first step, loop and last product; two groups.
+    assert code["products"] == 2 * 2 * (dim // 16 + 2 * c.BLOCK_N // 16)
+    assert code["copies"] == 2 * 2 * dim // 64
+    # A thread has 64 weights of a step, and two rows that shrink.
+    assert code["beside"] == [66, 66]
+    assert code["spills"] == 0
+
+
+def _engines() -> list[str]:
+    """Engines that compute 16-bit calls of this GPU with head_dim 64 and 128."""
+    if not ON_GPU:
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    call = (10 * major + minor, torch.bfloat16, 128, 128)
+    lacks = {
+        "triton": "",
+        "hopper": hopper_lacks(*call, described=True, compensate=False),
+        "fa4": fa4_lacks(*call, masked=False, compensate=False),
+    }
+    return [name for name in LIST_ENGINES if not lacks[name]]
+
+
+ENGINES = _engines()
+CASES = cases(
+    q_len=st.sampled_from([1, 65, 128, 129, 300]),
+    kv_len=st.sampled_from([1, 64, 65, 128, 200, 257, 700]),
+    head_dim=st.just(64),
+    value_dim=st.just(64),
+) | cases(
+    q_len=st.sampled_from([1, 128, 300]),
+    kv_len=st.sampled_from([64, 65, 257, 700]),
+    head_dim=st.just(128),
+    value_dim=st.just(128),
+)
+DTYPES = st.sampled_from([torch.bfloat16, torch.float16])
+CONTROLS = st.one_of(
+    st.builds(control, st.sampled_from([0.3, 0.7, 0.9, 1.0])),
+    st.builds(control, log2=st.sampled_from([-12.0, -3.0, 0.0])),
+)
+
+
+def planned(x: Inputs, numbers: torch.Tensor, engine: str, **options) -> launch.Output:
+    return launch.planned(x.q, x.k, x.v, numbers.to(DEVICE), **x.options, engine=engine, **options)
+
+
+def made(case: Case, dtype: torch.dtype, engine: str, layout: str = "bhsd") -> Inputs:
+    x = case.make(dtype)
+    if engine == "fa4":  # which knows no key mask
+        x = x.replace(mask=None)
+    return laid_out(on_device(x), layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ENGINES)
+class TestOnGpu:
+    """What the tests of the Triton kernel say, of every engine."""
+
+    @FEWER
+    @given(
+        case=CASES,
+        numbers=CONTROLS,
+        dtype=DTYPES,
+        layout=st.sampled_from(["bhsd", "bshd"]),
+        rule=st.sampled_from(c.PLANNED_RULES),
+    )
+    def test_output(
+        self,
+        engine: str,
+        case: Case,
+        numbers: torch.Tensor,
+        dtype: torch.dtype,
+        layout: str,
+        rule: str,
+    ) -> None:
+        x = made(case, dtype, engine, layout)
+        got = planned(x, numbers, engine, rule=rule)
+        assert c.ENGINES[int(got.measures[c.MEASURE_ENGINE])] == engine
+        y = on_cpu(x)
+        kept = listed(got.index, got.count, visible_tiles(y).shape[1])
+        assert_output(y, kept, got, compensate=False)
+        again = planned(x, numbers, engine, rule=rule)  # a race would show as other bits
+        assert same_bits(got.out, again.out)
+        assert same_bits(got.lse, again.lse)
+
+    @FEWER
+    @given(case=CASES, dtype=DTYPES)
+    def test_hidden_keys_never_matter(self, engine: str, case: Case, dtype: torch.dtype) -> None:
+        x = made(case, dtype, engine)
+        if x.mask is None:
+            return
+        hidden = ~x.mask[:, None, :, None]
+        spoilt = x.replace(
+            k=x.k.masked_fill(hidden, torch.nan), v=x.v.masked_fill(hidden, torch.nan)
+        )
+        got, wanted = planned(spoilt, control(0.8), engine), planned(x, control(0.8), engine)
+        assert same_bits(got.out, wanted.out)
+        assert same_bits(got.lse, wanted.lse)
+
+    @FEWER
+    @given(case=CASES, dtype=DTYPES)
+    def test_nan_rows_keep_to_themselves(self, engine: str, case: Case, dtype: torch.dtype) -> None:
+        x = made(case, dtype, engine)
+        x.q[0, 0, 0] = torch.nan
+        out = planned(x, control(0.5), engine).out.cpu()
+        spoilt = torch.zeros(out.shape[:3], dtype=torch.bool)
+        spoilt[0, 0, 0] = bool(visible_tiles(on_cpu(x))[0].any())
+        assert out.isnan().any(-1).equal(spoilt)
+
+    @FEWER
+    @given(case=CASES, power=st.integers(-3, 3))
+    def test_scaling(self, engine: str, case: Case, power: int) -> None:
+        """v times 2^a gives out times 2^a, bitwise."""
+        x = made(case, torch.bfloat16, engine)
+        numbers = control(0.7)
+        got = planned(x, numbers, engine)
+        scaled = planned(x.replace(v=x.v * 2.0**power), numbers, engine)
+        assert same_bits(scaled.out, got.out * 2.0**power)
+        assert same_bits(scaled.lse, got.lse)
+
+    def test_batch_and_heads_are_independent(self, engine: str) -> None:
+        case = Case(2, kv_heads=2, group=2, q_len=300, kv_len=700, head_dim=64, value_dim=64)
+        x = on_device(case.make(torch.float16))
+        numbers = control(log2=-2.5)
+        got = planned(x, numbers, engine)
+        for b in range(2):
+            for h in range(4):
+                one = x.replace(
+                    q=x.q[b : b + 1, h : h + 1],
+                    k=x.k[b : b + 1, h // 2 : h // 2 + 1],
+                    v=x.v[b : b + 1, h // 2 : h // 2 + 1],
+                )
+                alone = planned(one, numbers, engine)
+                assert same_bits(alone.out[0, 0], got.out[b, h])
+                assert same_bits(alone.lse[0, 0], got.lse[b, h])
+
+    def test_more_query_tiles_than_programs(self, engine: str) -> None:
+        """Each program takes several, with lists of many lengths."""
+        case = Case(2, kv_heads=8, q_len=3000, kv_len=4100, head_dim=128, value_dim=128, seed=1)
+        x = on_device(case.make(torch.bfloat16))
+        got = planned(x, control(log2=-4.0), engine)
+        wanted = planned(x, control(log2=-4.0), "triton")
+        assert torch.equal(got.count, wanted.count)
+        eps = torch.finfo(torch.bfloat16).eps
+        off = (got.out.float() - wanted.out.float()).abs().max()
+        assert off <= 2 * eps * x.v.float().abs().max()
+        torch.testing.assert_close(got.lse, wanted.lse, rtol=1e-5, atol=1e-5)
+
+    def test_in_a_cuda_graph(self, engine: str) -> None:
+        """A replay with other numbers computes what a plain call does."""
+        case = Case(kv_heads=2, q_len=300, kv_len=700, head_dim=128, value_dim=128)
+        x = on_device(case.make(torch.bfloat16))
+        numbers = control(0.9).to(DEVICE)
+        planned(x, numbers, engine)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = planned(x, numbers, engine)
+        for recall in (0.5, 0.8):
+            numbers.copy_(control(recall))
+            graph.replay()
+            wanted = planned(x, numbers, engine)
+            assert same_bits(recorded.out, wanted.out)
+            assert same_bits(recorded.lse, wanted.lse)
