@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cef_compile.kernels import config as c
 from cef_compile.kernels import hopper
 from cef_compile.kernels.attend import attend as triton_attend
-from cef_compile.kernels.engines import fa4_lacks
+from cef_compile.kernels.engines import Call, lacks
 from cef_compile.kernels.tuning import find_tuning
 
 SHAPES = ((24, 32256, 128), (24, 32256, 64))
@@ -76,7 +76,7 @@ def calls(
     if keys == c.BLOCK_N:
         found["triton"] = plain
     found["hopper"] = lambda: hopper.attend(q, k, v, index, count, order, scale=scale)
-    if not fa4_lacks(90, q.dtype, dim, dim, masked=False, compensate=False):
+    if not lacks("fa4", Call(90, q.dtype, dim, dim)):
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
         from flash_attn.cute.interface import _flash_attn_fwd
 

@@ -4,116 +4,86 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
+LIST_ENGINES: Final = ("triton", "hopper", "fa4")
 _HOPPER: Final = 90
 """Compute capability whose instructions the hopper engine is written in; newer GPUs lack them."""
 _HEAD_DIMS: Final = (64, 128)
 _DTYPES: Final = (torch.bfloat16, torch.float16)
-LIST_ENGINES: Final = ("triton", "hopper", "fa4")
 
 
-def list_engine(
-    architecture: int,
-    dtype: torch.dtype,
-    dim: int,
-    value_dim: int,
-    *,
-    described: bool,
-    masked: bool,
-    compensate: bool,
-    wanted: str | None = None,
-) -> str:
-    """The engine of ``planned`` for a call: "hopper" where it fits, "triton" everywhere else.
+@dataclass(frozen=True)
+class Call:
+    """What an engine must be able to compute.
 
-    Args:
+    Attributes:
         architecture: CUDA compute capability, 90 for Hopper; 0 for anything else.
         dtype, dim, value_dim: of q and k, and of v.
         described: TMA can read k and v.
         masked: there is a key mask.
+        ordered: there is a token order.
         compensate: dropped tiles are put back as pseudo-tokens.
-        wanted: one of ``LIST_ENGINES``, in place of the choice.
+    """
+
+    architecture: int
+    dtype: torch.dtype
+    dim: int
+    value_dim: int
+    described: bool = True
+    masked: bool = False
+    ordered: bool = False
+    compensate: bool = False
+
+
+def list_engine(call: Call, wanted: str | None = None) -> str:
+    """The engine for a call: "hopper" where it fits and "triton" elsewhere, or the wanted one.
 
     Raises:
         ValueError: the wanted engine does not exist, or cannot compute this call.
     """
     if wanted is None:
-        return (
-            "triton"
-            if hopper_lacks(
-                architecture, dtype, dim, value_dim, described=described, compensate=compensate
-            )
-            else "hopper"
-        )
+        return "triton" if lacks("hopper", call) else "hopper"
     if wanted not in LIST_ENGINES:
         raise ValueError(f"engine must be one of {LIST_ENGINES} or None, not {wanted!r}")
-    lacks = ""
-    if wanted == "hopper":
-        lacks = hopper_lacks(
-            architecture, dtype, dim, value_dim, described=described, compensate=compensate
-        )
-    elif wanted == "fa4":
-        lacks = fa4_lacks(architecture, dtype, dim, value_dim, masked=masked, compensate=compensate)
-    if lacks:
-        raise ValueError(f"engine {wanted!r} cannot compute this call: {lacks}; leave engine out")
+    reason = lacks(wanted, call)
+    if reason:
+        raise ValueError(f"engine {wanted!r} cannot compute this call: {reason}; leave engine out")
     return wanted
 
 
-def hopper_lacks(
-    architecture: int,
-    dtype: torch.dtype,
-    dim: int,
-    value_dim: int,
-    *,
-    described: bool,
-    compensate: bool,
-) -> str:
-    """What keeps the hopper engine from a call; empty where nothing does."""
-    if architecture != _HOPPER:
-        return "the GPU is not a Hopper"
-    if dtype not in _DTYPES:
-        return f"dtype {dtype}"
-    if dim != value_dim or dim not in _HEAD_DIMS:
-        return f"head_dim {dim} and {value_dim}, not one of {_HEAD_DIMS} for both"
-    if not described:
-        return "TMA cannot read k and v as they are laid out"
-    if compensate:
+def lacks(engine: str, call: Call) -> str:
+    """What keeps an engine from a call; empty where nothing does."""
+    if engine == "triton":
+        return ""
+    if call.dtype not in _DTYPES:
+        return f"dtype {call.dtype}"
+    if call.dim != call.value_dim or call.dim not in _HEAD_DIMS:
+        return f"head_dim {call.dim} and {call.value_dim}, not one of {_HEAD_DIMS} for both"
+    if call.compensate:
         return "compensate=True"
-    if not _installed("triton.experimental.gluon"):
-        return "Triton has no Gluon"
-    return ""
-
-
-def fa4_lacks(
-    architecture: int,
-    dtype: torch.dtype,
-    dim: int,
-    value_dim: int,
-    *,
-    masked: bool,
-    compensate: bool,
-) -> str:
-    """What keeps FlashAttention-4 from a call; empty where nothing does."""
-    if architecture < _HOPPER:
+    if engine == "hopper":
+        if call.architecture != _HOPPER:
+            return "the GPU is not a Hopper"
+        if not call.described:
+            return "TMA cannot read k and v as they are laid out"
+        return "" if _installed("triton.experimental.gluon") else "Triton has no Gluon"
+    if call.architecture < _HOPPER:
         return "the GPU is older than Hopper"
-    if dtype not in _DTYPES:
-        return f"dtype {dtype}"
-    if dim != value_dim or dim not in _HEAD_DIMS:
-        return f"head_dim {dim} and {value_dim}, not one of {_HEAD_DIMS} for both"
-    if masked:
+    if call.masked:
         return "there is a key mask"
-    if compensate:
-        return "compensate=True"
-    if not _installed("flash_attn.cute"):
-        return "it is not installed (pip install cef-compile[fa4])"
-    return ""
+    if call.ordered:
+        return "there is a token order"
+    installed = _installed("flash_attn.cute")
+    return "" if installed else "it is not installed (pip install cef-compile[fa4])"
 
 
 @functools.cache
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a parent package is missing
+    except ModuleNotFoundError:  # a package that it is part of is missing
         return False

@@ -58,6 +58,7 @@ def attend(
     *,
     scale: float,
     key_mask: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query tile over the key tiles of its list.
 
@@ -67,6 +68,7 @@ def attend(
         index, count, order: of :class:`~cef_compile.kernels.lists.Lists`.
         scale: factor of the scores.
         key_mask: bool ``[B or 1, kv_len]``, any strides.
+        tokens: int32 ``[length]``, a token order: as for the Triton kernel.
 
     Returns:
         out ``[B, H, q_len, D]`` in (B, q_len, H, D) memory order, and lse float32 ``[B, H, q_len]``
@@ -74,7 +76,8 @@ def attend(
     """
     batch, heads, q_len, dim = q.shape
     key_heads, kv_len = k.shape[1], k.shape[2]
-    n_m, n_n = c.tiles(q_len, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
+    positions = q_len if tokens is None else len(tokens)
+    n_m, n_n = c.tiles(positions, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
     out = q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if not lse.numel():
@@ -85,6 +88,7 @@ def attend(
         _describe(k),
         _describe(v),
         q if key_mask is None else key_mask,
+        index if tokens is None else tokens,
         index,
         count,
         order,
@@ -92,6 +96,7 @@ def attend(
         out,
         lse,
         q_len,
+        positions,
         kv_len,
         n_m,
         n_n,
@@ -103,13 +108,13 @@ def attend(
         *out.stride()[:3],
         0 if key_mask is None or key_mask.shape[0] == 1 else key_mask.stride(0),
         0 if key_mask is None else key_mask.stride(1),
-        **constants(dim, masked=key_mask is not None),
+        **constants(dim, masked=key_mask is not None, ordered=tokens is not None),
         **OPTIONS,
     )
     return out, lse
 
 
-def constants(dim: int, *, masked: bool) -> dict[str, object]:
+def constants(dim: int, *, masked: bool, ordered: bool) -> dict[str, object]:
     """What the kernel is compiled for."""
     return {
         "DIM": dim,
@@ -117,6 +122,7 @@ def constants(dim: int, *, masked: bool) -> dict[str, object]:
         "BLOCK_N": c.BLOCK_N,
         "STAGES": _STAGES,
         "HAS_MASK": masked,
+        "ORDERED": ordered,
         "CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
@@ -171,7 +177,7 @@ def _produce(
     """One warp: takes query tiles from the queue and copies their listed tiles of k and v."""
     k_full, k_empty, v_full, v_empty, slot_full, slot_empty = bars
     index, count, order = lists
-    n_m, n_n, heads, heads_per_key_head, total_tiles, _q_len, _kv_len = sizes
+    n_m, n_n, heads, heads_per_key_head, total_tiles, _q_len, _positions, _kv_len = sizes
     one_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     step = 0
     turn = 0
@@ -258,32 +264,48 @@ def _softmax_step(score, top, total, scale2):
 
 
 @gluon.jit
-def _load_rows(
-    q, slot, order, n_m, heads, q_len, q_strides,
-    GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, layout: gl.constexpr,
+def _rows_at(
+    tile, tokens, positions,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """A group's rows of q, zeros beyond q_len."""
+    """A group's rows of a query tile, and which of them there are."""
     ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    at = tile * BLOCK_M + GROUP * ROWS + gl.arange(0, ROWS, layout)
+    real = at < positions
+    if ORDERED:
+        at = gl.load(tokens + at, mask=real, other=-1)
+        real = at >= 0
+    return at, real
+
+
+@gluon.jit
+def _load_rows(
+    q, slot, order, n_m, heads, tokens, positions, q_strides,
+    GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """A group's rows of q, zeros where there is none."""
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     q_b, q_h, q_l, q_d = q_strides
     tile, batch, head, _row = _place(slot, order, n_m, heads)
     q += batch.to(gl.int64) * q_b + head.to(gl.int64) * q_h
-    at = tile * BLOCK_M + GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    at, real = _rows_at(tile, tokens, positions, GROUP, BLOCK_M, ORDERED, row_layout)
     dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
     where = gl.expand_dims(at.to(gl.int64) * q_l, 1) + gl.expand_dims(dims.to(gl.int64) * q_d, 0)
-    return gl.load(q + where, mask=gl.expand_dims(at < q_len, 1), other=0.0)
+    return gl.load(q + where, mask=gl.expand_dims(real, 1), other=0.0)
 
 
 @gluon.jit
 def _consume(
-    rows, k_steps, v_steps, bars, lists, sizes, slots, mask,
+    rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
     q, q_strides, out, out_strides, lse, scale,
     GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HAS_MASK: gl.constexpr,
+    STAGES: gl.constexpr, HAS_MASK: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """Four warps: attention of half of each query tile over its listed tiles."""
     k_full, k_empty, v_full, v_empty, slot_full, slot_empty = bars
     index, count, order = lists
-    n_m, n_n, heads, _group, total_tiles, q_len, kv_len = sizes
+    n_m, n_n, heads, _group, total_tiles, q_len, positions, kv_len = sizes
     out_b, out_h, out_l = out_strides
     ROWS: gl.constexpr = BLOCK_M // _GROUPS
     KEYS: gl.constexpr = _PAIR * BLOCK_N
@@ -304,7 +326,23 @@ def _consume(
     step = 0
     turn = 0
     slot = gl.program_id(0)
-    rows.store(_load_rows(q, slot, order, n_m, heads, q_len, q_strides, GROUP, DIM, BLOCK_M, wide))
+    rows.store(
+        _load_rows(
+            q,
+            slot,
+            order,
+            n_m,
+            heads,
+            tokens,
+            positions,
+            q_strides,
+            GROUP,
+            DIM,
+            BLOCK_M,
+            ORDERED,
+            wide,
+        )
+    )
     fence_async_shared()
     while slot < total_tiles:
         tile, batch, head, row = _place(slot, order, n_m, heads)
@@ -376,7 +414,19 @@ def _consume(
         turn += 1
         known = gl.minimum(following, total_tiles - 1)
         next_rows = _load_rows(
-            q, known, order, n_m, heads, q_len, q_strides, GROUP, DIM, BLOCK_M, wide
+            q,
+            known,
+            order,
+            n_m,
+            heads,
+            tokens,
+            positions,
+            q_strides,
+            GROUP,
+            DIM,
+            BLOCK_M,
+            ORDERED,
+            wide,
         )
 
         if listed > 0:
@@ -392,20 +442,20 @@ def _consume(
             mbarrier.arrive(v_empty.index(stage), count=1)
 
         row_total = gl.convert_layout(gl.sum(total, 1), row_layout)
-        at = tile * BLOCK_M + GROUP * ROWS + gl.arange(0, ROWS, row_layout)
+        at, real = _rows_at(tile, tokens, positions, GROUP, BLOCK_M, ORDERED, row_layout)
         log_energy = (top + gl.log2(row_total)) * _LN2
-        gl.store(
-            lse + (batch * heads + head).to(gl.int64) * q_len + at, log_energy, mask=at < q_len
-        )
+        gl.store(lse + (batch * heads + head).to(gl.int64) * q_len + at, log_energy, mask=real)
         factor = gl.convert_layout(1.0 / gl.where(row_total == 0, 1.0, row_total), acc_row_layout)
         # Through the memory of the rows, so that whole lines are written.
         rows.store((acc * gl.expand_dims(factor, 1)).to(dtype))
         mean = rows.load(wide)
-        at = tile * BLOCK_M + GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
+        at, real = _rows_at(
+            tile, tokens, positions, GROUP, BLOCK_M, ORDERED, gl.SliceLayout(1, wide)
+        )
         dims = gl.arange(0, DIM, gl.SliceLayout(0, wide))
         base = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
         where = gl.expand_dims(at.to(gl.int64) * out_l, 1) + gl.expand_dims(dims, 0)
-        gl.store(base + where, mean, mask=gl.expand_dims(at < q_len, 1))
+        gl.store(base + where, mean, mask=gl.expand_dims(real, 1))
         rows.store(next_rows)
         fence_async_shared()
         slot = following
@@ -414,6 +464,7 @@ def _consume(
 @gluon.jit(
     do_not_specialize=[
         "q_len",
+        "positions",
         "kv_len",
         "n_m",
         "n_n",
@@ -423,11 +474,12 @@ def _consume(
     ]
 )
 def _attend(
-    q, k_desc, v_desc, key_mask, index, count, order, queue, out, lse,
-    q_len, kv_len, n_m, n_n, heads, heads_per_key_head, total_tiles, scale,
+    q, k_desc, v_desc, key_mask, tokens, index, count, order, queue, out, lse,
+    q_len, positions, kv_len, n_m, n_n, heads, heads_per_key_head, total_tiles, scale,
     q_b, q_h, q_l, q_d, out_b, out_h, out_l, mask_b, mask_l,
     DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    HAS_MASK: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    HAS_MASK: gl.constexpr, ORDERED: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program per multiprocessor: memory and barriers, then three groups of warps."""
     dtype: gl.constexpr = k_desc.dtype
@@ -460,21 +512,21 @@ def _attend(
 
     bars = (k_full, k_empty, v_full, v_empty, slot_full, slot_empty)
     lists = (index, count, order)
-    sizes = (n_m, n_n, heads, heads_per_key_head, total_tiles, q_len, kv_len)
+    sizes = (n_m, n_n, heads, heads_per_key_head, total_tiles, q_len, positions, kv_len)
     mask = (key_mask, mask_b, mask_l)
     q_strides = (q_b, q_h, q_l, q_d)
     out_strides = (out_b, out_h, out_l)
     gl.warp_specialize(
         [
             (_consume, (
-                rows, k_steps, v_steps, bars, lists, sizes, slots, mask,
+                rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
                 q, q_strides, out, out_strides, lse, scale,
-                0, DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK,
+                0, DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK, ORDERED,
             )),
             (_consume, (
-                rows, k_steps, v_steps, bars, lists, sizes, slots, mask,
+                rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
                 q, q_strides, out, out_strides, lse, scale,
-                1, DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK,
+                1, DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK, ORDERED,
             )),
             (_produce, (
                 k_desc, v_desc, k_tiles, v_tiles, bars, lists, sizes, queue, slots,

@@ -21,7 +21,7 @@ from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
 from cef_compile.kernels.centroids import Centroids, arrange, centroids
 from cef_compile.kernels.descriptor import can_describe
-from cef_compile.kernels.engines import list_engine
+from cef_compile.kernels.engines import Call, list_engine
 from cef_compile.kernels.lists import Lists, lists, threshold
 from cef_compile.kernels.order import Layout
 from cef_compile.kernels.plan import plan, variance_factor
@@ -115,17 +115,17 @@ def planned(
         tiled_k, tiled_v, tiled_mask = arranged.k, arranged.v, arranged.key_mask
         tokens, exact_tiles, cents = arranged.tokens, layout.exact_tiles, arranged.centroids
     partial = tiled_mask is not None or tiled_k.shape[2] % c.BLOCK_N != 0
-    engine = list_engine(
-        _architecture(q.device),
-        q.dtype,
-        q.shape[3],
-        v.shape[3],
+    call = Call(
+        architecture=_architecture(q.device),
+        dtype=q.dtype,
+        dim=q.shape[3],
+        value_dim=v.shape[3],
         described=_descriptors(tiled_k, tiled_v),
         masked=tiled_mask is not None,
         ordered=tokens is not None,
         compensate=compensate,
-        wanted=engine,
     )
+    engine = list_engine(call, engine)
     ranked = plan(
         q,
         cents.stats,

@@ -1,6 +1,6 @@
 """Compiles the Gluon kernel for Hopper, which needs no GPU, and says what came out.
 
-    python compile_hopper.py HEAD_DIM MASKED
+    python compile_hopper.py HEAD_DIM MASKED ORDERED
 
 Apart from the tests, whose process may run Triton's interpreter.
 """
@@ -23,17 +23,18 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels import hopper
 
 POINTERS = {
+    "tokens": "i32",
     "q": "bf16", "out": "bf16", "lse": "fp32", "index": "i16", "count": "i32", "order": "i32",
     "queue": "i32", "key_mask": "i1",
 }  # fmt: skip
 ALIGNED = {*POINTERS, "q_b", "q_h", "q_l", "out_b", "out_h", "out_l"}
 
 
-def build(dim: int, masked: bool) -> triton.compiler.CompiledKernel:
+def build(dim: int, masked: bool, ordered: bool) -> triton.compiler.CompiledKernel:
     """The kernel as ``hopper.attend`` launches it, for contiguous rows."""
     kernel = hopper._attend
     layout = gl.NVMMASharedLayout(128, 16, 4)
-    given = hopper.constants(dim, masked=masked) | {"q_d": 1, "mask_l": 1}
+    given = hopper.constants(dim, masked=masked, ordered=ordered) | {"q_d": 1, "mask_l": 1}
     signature, constants, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         if name in given:
@@ -74,7 +75,7 @@ def beside_products(code: list[str]) -> list[int]:
 
 
 def main() -> None:
-    kernel = build(int(sys.argv[1]), sys.argv[2] == "True")
+    kernel = build(int(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True")
     code = machine_code(kernel)
     print(
         json.dumps(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,52 +27,44 @@ from support import Case, Inputs, cases, control, same_bits, visible_tiles
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
-from cef_compile.kernels.engines import LIST_ENGINES, fa4_lacks, hopper_lacks, list_engine
+from cef_compile.kernels.engines import LIST_ENGINES, Call, lacks, list_engine
 
-FITS = {"described": True, "masked": False, "compensate": False}
+FITS = Call(90, torch.bfloat16, 128, 128)
+CALLS = st.builds(
+    Call,
+    architecture=st.sampled_from([0, 80, 89, 90, 100, 120]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    dim=st.sampled_from([40, 64, 96, 128, 256]),
+    value_dim=st.sampled_from([24, 64, 128]),
+    described=st.booleans(),
+    masked=st.booleans(),
+    ordered=st.booleans(),
+    compensate=st.booleans(),
+)
 
 
 class TestChoice:
-    @given(
-        architecture=st.sampled_from([0, 80, 89, 90, 100, 120]),
-        dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
-        dim=st.sampled_from([40, 64, 96, 128, 256]),
-        value_dim=st.sampled_from([24, 64, 128]),
-        described=st.booleans(),
-        masked=st.booleans(),
-        compensate=st.booleans(),
-    )
-    def test_hopper_where_it_fits_and_triton_elsewhere(
-        self,
-        architecture: int,
-        dtype: torch.dtype,
-        dim: int,
-        value_dim: int,
-        described: bool,
-        masked: bool,
-        compensate: bool,
-    ) -> None:
+    @given(CALLS)
+    def test_hopper_where_it_fits_and_triton_elsewhere(self, call: Call) -> None:
         fits = (
-            architecture == 90
-            and dtype != torch.float32
-            and dim == value_dim
-            and dim in (64, 128)
-            and described
-            and not compensate
+            call.architecture == 90
+            and call.dtype != torch.float32
+            and call.dim == call.value_dim
+            and call.dim in (64, 128)
+            and call.described
+            and not call.compensate
         )
-        call = (architecture, dtype, dim, value_dim)
-        options = {"described": described, "masked": masked, "compensate": compensate}
-        assert list_engine(*call, **options) == ("hopper" if fits else "triton")
-        assert list_engine(*call, **options, wanted="triton") == "triton"
+        assert list_engine(call) == ("hopper" if fits else "triton")
+        assert list_engine(call, "triton") == "triton"
         if fits:
-            assert list_engine(*call, **options, wanted="hopper") == "hopper"
+            assert list_engine(call, "hopper") == "hopper"
         else:
             with pytest.raises(ValueError, match="engine 'hopper' cannot compute this call: "):
-                list_engine(*call, **options, wanted="hopper")
+                list_engine(call, "hopper")
 
     def test_wanted_engine_must_exist(self) -> None:
         with pytest.raises(ValueError, match="not 'cudnn'"):
-            list_engine(90, torch.bfloat16, 128, 128, **FITS, wanted="cudnn")
+            list_engine(FITS, "cudnn")
 
     @pytest.mark.parametrize(
         ("change", "why"),
@@ -80,13 +73,12 @@ class TestChoice:
             ({"dtype": torch.float32}, "dtype"),
             ({"dim": 40}, "head_dim 40 and 128"),
             ({"masked": True}, "key mask"),
+            ({"ordered": True}, "token order"),
             ({"compensate": True}, "compensate"),
         ],
     )
-    def test_what_flash_attention_4_lacks(self, change: dict, why: str) -> None:
-        call = {"architecture": 90, "dtype": torch.float16, "dim": 128, "value_dim": 128}
-        call |= {"masked": False, "compensate": False}
-        assert why in fa4_lacks(**{**call, **change})
+    def test_what_flash_attention_4_lacks(self, change: dict[str, object], why: str) -> None:
+        assert why in lacks("fa4", replace(FITS, **change))
 
     def test_every_engine_is_on_record(self) -> None:
         assert set(LIST_ENGINES) <= set(c.ENGINES)
@@ -97,11 +89,11 @@ SHARED_MEMORY = 227 * 1024
 """Bytes that a program can have on Hopper."""
 
 
-@pytest.mark.parametrize(("dim", "masked"), [(128, False), (64, True)])
-def test_code_for_hopper(dim: int, masked: bool) -> None:
+@pytest.mark.parametrize(("dim", "other"), [(128, False), (64, True)])
+def test_code_for_hopper(dim: int, other: bool) -> None:
     """The Gluon kernel compiles without a GPU, fits the chip, and overlaps what it should."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(COMPILE), str(dim), str(masked)]
+    command = [sys.executable, str(COMPILE), str(dim), str(other), str(other)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     code = json.loads(found.stdout)
@@ -119,13 +111,8 @@ def _engines() -> list[str]:
     if not ON_GPU:
         return []
     major, minor = torch.cuda.get_device_capability()
-    call = (10 * major + minor, torch.bfloat16, 128, 128)
-    lacks = {
-        "triton": "",
-        "hopper": hopper_lacks(*call, described=True, compensate=False),
-        "fa4": fa4_lacks(*call, masked=False, compensate=False),
-    }
-    return [name for name in LIST_ENGINES if not lacks[name]]
+    call = replace(FITS, architecture=10 * major + minor)
+    return [name for name in LIST_ENGINES if not lacks(name, call)]
 
 
 ENGINES = _engines()
