@@ -22,6 +22,7 @@ VARIANTS: Final = ROOT / "bench" / "results" / "variants-h100.json"
 END_TO_END: Final = ROOT / "bench" / "results" / "end-to-end-h100.json"
 MULTI_GPU: Final = ROOT / "bench" / "results" / "multi-gpu-h100.json"
 SCALING: Final = ROOT / "bench" / "scaling.py"
+ENGINES: Final = ROOT / "bench" / "results" / "engines-h100.json"
 RECALLS: Final = Path(__file__).with_name("recalls.json")
 PAGES: Final = tuple(
     ROOT / page
@@ -94,6 +95,26 @@ def block_lists(found: dict[str, Any]) -> str:
     header = ["heads x keys x head_dim", "cuDNN, dense", "FlashAttention-2, dense"]
     densities = [row["density"] for row in rows if row["name"] == "block list"][:4]
     return markdown([*header, *(f"density {d:.2f}" for d in densities)], table)
+
+
+def engines(_: dict[str, Any]) -> str:
+    """Engines of the attention over lists, each density in each run of the bench."""
+    rows: Rows = json.loads(ENGINES.read_text(encoding="utf-8"))["results"]
+    densities = list(dict.fromkeys(row["density"] for row in rows))
+    table = []
+    for key in dict.fromkeys(map(_of_engine, rows)):
+        mine = {r["density"]: r for r in rows if _of_engine(r) == key}
+        shape, run, engine, keys = key
+        name = engine if engine == "cuDNN" else f"{engine}, lists of {keys} keys"
+        cells = [
+            f"{mine[d]['ms']:.2f} ms, {speed(mine[d])}" if d in mine else "" for d in densities
+        ]
+        table.append([f"{shape}, run {run}: {name}", *cells])
+    return markdown(["", *(d if d == "uneven" else f"density {d:.2f}" for d in densities)], table)
+
+
+def _of_engine(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["shape"], row.get("run", 1), row["engine"], row["tile_keys"]
 
 
 def parts(found: dict[str, Any]) -> str:
@@ -271,6 +292,7 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "about": about,
     "wan": wan,
     "block_lists": block_lists,
+    "engines": engines,
     "parts": parts,
     "break_even": break_even,
     "online": online,
