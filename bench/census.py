@@ -1,21 +1,25 @@
 """What the backend does with every transformer of the installed diffusers; writes docs/models.md.
 
-    python bench/census.py [--only WanTransformer3DModel ...] [--out docs/models.md]
+    python bench/census.py                                # all of them: the page, and the README
+    python bench/census.py --only WanTransformer3DModel   # to look at
+    python bench/census.py --readme                       # the README's table from the page
 
 Each class is built with a tiny configuration and random weights, run in eager mode and compiled,
 whole and, where diffusers names the class's repeated blocks, block by block. Graphs run with the
 inner compiler "eager", so that what differs is the backend's own doing. About 5 minutes on a core.
+README.md gets the rows of well-known families from the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,32 @@ import torch._dynamo
 from torch import Tensor, nn
 
 import cef_compile
+from cef_compile.report.words import break_sentences
 
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "models.md"
+README = ROOT / "README.md"
+PLACE = re.compile(r"(<!-- table: models -->\n).*?(<!-- end -->)", re.DOTALL)
+"""Where the README's table stands."""
+FAMILIES = {
+    "Wan 2.1, 2.2": "WanTransformer3DModel",
+    "HunyuanVideo": "HunyuanVideoTransformer3DModel",
+    "HunyuanVideo 1.5": "HunyuanVideo15Transformer3DModel",
+    "LTX-Video": "LTXVideoTransformer3DModel",
+    "LTX-2": "LTX2VideoTransformer3DModel",
+    "CogVideoX": "CogVideoXTransformer3DModel",
+    "Mochi": "MochiTransformer3DModel",
+    "Cosmos": "CosmosTransformer3DModel",
+    "Flux": "FluxTransformer2DModel",
+    "Flux 2": "Flux2Transformer2DModel",
+    "SD 3.5": "SD3Transformer2DModel",
+    "QwenImage": "QwenImageTransformer2DModel",
+    "Z-Image": "ZImageTransformer2DModel",
+    "HiDream": "HiDreamImageTransformer2DModel",
+    "Lumina 2": "Lumina2Transformer2DModel",
+    "Sana": "SanaTransformer2DModel",
+}
+"""Well-known families, and the class that stands for each in the README."""
 FP32 = 1e-5
 """Largest difference from eager at recall 1, relative to the largest output."""
 MIN_KV_LEN = 65
@@ -71,13 +100,15 @@ class Row:
     Attributes:
         name: of the class.
         whole, regional: compiled as a whole, and block by block where the class has such blocks.
-        healed: the whole again, with each of :data:`HEALERS` that leaves fewer graph breaks.
+        healed: the whole again, with each of :data:`HEALERS` that leaves fewer graphs.
+        refused: those of :data:`HEALERS` with which Dynamo cannot trace the class at all.
     """
 
     name: str
     whole: Run
-    regional: Run | None
+    regional: Run | None = None
     healed: dict[str, Run] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
 
 
 def classes() -> list[str]:
@@ -164,17 +195,20 @@ def examine(name: str) -> Row:
     with torch.no_grad():
         expected = model(**inputs)
     whole = measure(model, inputs, False, expected)
-    healed = {}
-    for healer in HEALERS if whole.breaks else ():
-        with setting(healer):
-            run = measure(model, inputs, False, expected)
-        if run.breaks < whole.breaks:
-            healed[healer] = run
+    row = Row(name, whole)
+    for healer in HEALERS if whole.report.breaks else ():
+        try:
+            with setting(healer):
+                run = measure(model, inputs, False, expected)
+        except RuntimeError:  # of Dynamo: what it captures decides a shape that must be known
+            row.refused.append(healer)
+            continue
+        if (run.graphs, run.breaks) < (whole.graphs, whole.breaks):
+            row.healed[healer] = run
     blocks = getattr(model, "_repeated_blocks", None)
-    regional = None
     if blocks and any(type(module).__name__ in blocks for module in model.modules()):
-        regional = measure(model, inputs, True, expected)
-    return Row(name, whole, regional, healed)
+        row.regional = measure(model, inputs, True, expected)
+    return row
 
 
 def problems(row: Row) -> list[str]:
@@ -190,6 +224,8 @@ def problems(row: Row) -> list[str]:
             found.append(f"{way}: recall 0.9 is not finite")
         if any(not node.reason for node in run.report.dense):
             found.append(f"{way}: a node is dense without a reason")
+        if way != "regional" and run.graphs > 1 and not run.report.breaks:
+            found.append(f"{way}: {run.graphs} graphs, and the report names no break")
     if row.regional is not None:
         seen = {(n.path, n.ordinal) for n in row.regional.filtered}
         whole = {(n.path, n.ordinal) for n in row.whole.filtered}
@@ -198,6 +234,8 @@ def problems(row: Row) -> list[str]:
     return found
 
 
+COLUMNS = 8
+"""Of the page's table."""
 HEAD = """\
 # Models
 
@@ -209,8 +247,8 @@ transformer class of diffusers that a tiny configuration is kept for, with rando
 - **recall 1**: largest difference from eager, over the largest output, in fp32.
 - **recall 0.9**: norm of the difference from eager over the norm of the output. It says that the
   filter is at work, and nothing of pictures: random weights attend to everything alike.
-- **graphs / breaks**: of the whole model, as Dynamo counts them. Attention that runs outside of any
-  graph is not seen.
+- **graphs / breaks**: of the whole model, as Dynamo counts them; where it gives up a whole function
+  it counts no break. Attention that runs outside of any graph is not seen.
 - **regional**: filtered nodes and graphs where only the blocks that diffusers names as repeated are
   compiled (`compile_repeated_blocks`); a dash where it names none.
 
@@ -240,7 +278,8 @@ def table(rows: list[Row], missing: dict[str, str]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "## Graph breaks", ""]
-    lines += [_breaks(row) for row in rows if row.whole.breaks] or ["None."]
+    lines += ["The results are right either way. In the words of `backend.report`:", ""]
+    lines += [_breaks(row) for row in rows if row.whole.report.breaks]
     if missing:
         lines += ["", "## Not looked at", ""]
         lines += [f"- {name}: {why}" for name, why in missing.items()]
@@ -248,22 +287,51 @@ def table(rows: list[Row], missing: dict[str, str]) -> str:
 
 
 def _breaks(row: Row) -> str:
-    count = row.whole.breaks
-    text = f"- {row.name}: {count} break{'s' if count > 1 else ''}, and works."
+    """What the report says of a broken graph, and what was seen to heal it."""
+    said = break_sentences([asdict(found) for found in row.whole.report.breaks])
+    parts = [f"- {row.name}: {row.whole.graphs} graphs.", *said, "**Tried:**"]
     if not row.healed:
-        return f"{text} Neither {' nor '.join(f'`{name}`' for name in HEALERS)} changes that."
-    best = min(row.healed, key=lambda name: row.healed[name].breaks)
-    run = row.healed[best]
-    nodes = f"{len(run.report.nodes)} attention nodes seen, {len(run.filtered)} filtered"
-    return f"{text} `torch._dynamo.config.{best} = True` leaves {run.breaks or 'none'}: {nodes}."
+        parts.append(f"neither {' nor '.join(f'`{name}`' for name in HEALERS)} leaves fewer.")
+    for name, run in row.healed.items():
+        nodes = f"{len(run.report.nodes)} attention nodes seen, {len(run.filtered)} filtered"
+        parts.append(f"`{name} = True` leaves {run.graphs}: {nodes}.")
+    parts += [f"With `{name} = True` Dynamo raises an error." for name in row.refused]
+    return " ".join(parts)
+
+
+def readme_table(page: str) -> str:
+    """The README's table: rows of the page for :data:`FAMILIES`, as markdown.
+
+    Args:
+        page: text of ``docs/models.md``.
+    """
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    rows = {row[0]: row for row in cells if len(row) == COLUMNS}
+    lines = ["| model | nodes | filtered | dense, and why | recall 1 | blocks compiled apart |"]
+    lines.append("| --- | ---: | ---: | --- | ---: | ---: |")
+    for family, class_ in FAMILIES.items():
+        _, nodes, filtered, reasons, error, _, _, regional = rows[class_]
+        lines.append(f"| {family} | {nodes} | {filtered} | {reasons} | {error} | {regional} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_readme() -> None:
+    """Put :func:`readme_table` of the page into the README."""
+    table_of_page = readme_table(PAGE.read_text(encoding="utf-8"))
+    text = README.read_text(encoding="utf-8")
+    README.write_text(
+        PLACE.sub(lambda place: place[1] + table_of_page + place[2], text), encoding="utf-8"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="CLASS", help="these classes, and no file")
-    default = Path(__file__).parent.parent / "docs" / "models.md"
-    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--readme", action="store_true", help="write only the README's table")
     arguments = parser.parse_args()
+    if arguments.readme:
+        write_readme()
+        return 0
     unknown = sorted(set(arguments.only or ()) - set(census_models.RECIPES))
     if unknown:
         parser.error(f"no recipe for {', '.join(unknown)}")
@@ -285,7 +353,8 @@ def main() -> int:
     if arguments.only:
         print(text)
     else:
-        arguments.out.write_text(text)
+        PAGE.write_text(text)
+        write_readme()
     return 1 if wrong else 0
 
 

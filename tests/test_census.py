@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,16 @@ REPRESENTATIVE = [
     "GlmImageTransformer2DModel",  # a graph break
     "HeliosTransformer3DModel",
     "HiDreamImageTransformer2DModel",  # many graph breaks
-    "HunyuanVideo15Transformer3DModel",  # masks of rows and keys
+    "HunyuanVideo15Transformer3DModel",  # masks of padded keys and queries
     "HunyuanVideoFramepackTransformer3DModel",  # blocks in graphs of their own
     "Kandinsky5Transformer3DModel",
     "LatteTransformer3DModel",  # frames as a batch
     "LTX2VideoTransformer3DModel",  # six attentions a block
     "Lumina2Transformer2DModel",  # item()
+    "Kandinsky6Transformer3DModel",  # audio beside video
     "MochiTransformer3DModel",  # nonzero()
     "PRXTransformer2DModel",
+    "QwenImage21Transformer2DModel",  # attention in segments, and a setting that Dynamo fails with
     "QwenImageTransformer2DModel",  # a padding mask
     "SanaTransformer2DModel",  # linear attention
     "WanAnimateTransformer3DModel",
@@ -74,10 +77,12 @@ def test_the_other_classes(name: str) -> None:
 def test_breaks_are_said_with_what_heals_them() -> None:
     row = check("MochiTransformer3DModel")
     assert row.whole.breaks > 0
+    assert "capture_dynamic_output_shape_ops = True" in row.whole.report.breaks[0].remedy
     assert row.healed["capture_dynamic_output_shape_ops"].breaks == 0
     assert len(row.healed["capture_dynamic_output_shape_ops"].filtered) == 2  # of unknown length
     text = census.table([row], {"Other": "why"})
-    assert "`torch._dynamo.config.capture_dynamic_output_shape_ops = True` leaves none" in text
+    assert f"{row.name}: {row.whole.graphs} graphs. The graph of {row.name} breaks at" in text
+    assert "`capture_dynamic_output_shape_ops = True` leaves 1: 3 attention nodes seen" in text
     assert "- Other: why" in text
 
 
@@ -86,8 +91,24 @@ def test_the_page_lists_every_class() -> None:
     listed = re.findall(r"^\| (\w+) \| +\d", text, re.MULTILINE)
     assert listed == sorted(census_models.RECIPES)
     assert len(listed) >= 45
-    missing = re.findall(r"^- (\w+): (?!\d+ break)", text, re.MULTILINE)
+    missing = re.findall(r"^- (\w+): (?!\d+ graphs)", text, re.MULTILINE)
     assert sorted([*listed, *missing]) == census.classes()
+
+
+def test_the_readme_has_the_rows_of_the_page() -> None:
+    page, readme = ((ROOT / name).read_text() for name in ("docs/models.md", "README.md"))
+    place = census.PLACE.search(readme)
+    assert place is not None
+    assert place[0] == place[1] + census.readme_table(page) + place[2]
+    assert len(census.FAMILIES) >= 10
+    for family in census.FAMILIES:
+        assert f"| {family} |" in place[0]
+
+
+def test_graphs_without_a_break_in_the_report_are_a_problem() -> None:
+    row = check("GlmImageTransformer2DModel")
+    row.whole.report = replace(row.whole.report, breaks=[])
+    assert census.problems(row) == ["whole: 2 graphs, and the report names no break"]
 
 
 def test_a_class_without_a_recipe_is_named(monkeypatch, capsys) -> None:

@@ -37,6 +37,8 @@ PAGES: Final = tuple(
 DEFAULT_VARIANT: Final = "first pass dense"
 """What ``Balanced`` does."""
 PLACE: Final = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ELSEWHERE: Final = "models"
+"""The table that bench/census.py makes."""
 Rows = list[dict[str, Any]]
 
 
@@ -310,7 +312,13 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
 
 def filled(page: str, found: dict[str, Any]) -> str:
     """A page with its tables up to date."""
-    return PLACE.sub(lambda match: match[1] + TABLES[match[2]](found) + match[3], page)
+
+    def fill(match: re.Match[str]) -> str:
+        if match[2] == ELSEWHERE:
+            return match[0]
+        return match[1] + TABLES[match[2]](found) + match[3]
+
+    return PLACE.sub(fill, page)
 
 
 def main() -> int:
