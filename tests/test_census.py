@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from cef_compile.report import Report, ReportedBreak
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -34,10 +35,8 @@ REPRESENTATIVE = [
     "LatteTransformer3DModel",  # frames as a batch
     "LTX2VideoTransformer3DModel",  # six attentions a block
     "Lumina2Transformer2DModel",  # item()
-    "Kandinsky6Transformer3DModel",  # audio beside video
     "MochiTransformer3DModel",  # nonzero()
     "PRXTransformer2DModel",
-    "QwenImage21Transformer2DModel",  # attention in segments, and a setting that Dynamo fails with
     "QwenImageTransformer2DModel",  # a padding mask
     "SanaTransformer2DModel",  # linear attention
     "WanAnimateTransformer3DModel",
@@ -106,9 +105,19 @@ def test_the_readme_has_the_rows_of_the_page() -> None:
 
 
 def test_graphs_without_a_break_in_the_report_are_a_problem() -> None:
-    row = check("GlmImageTransformer2DModel")
-    row.whole.report = replace(row.whole.report, breaks=[])
-    assert census.problems(row) == ["whole: 2 graphs, and the report names no break"]
+    run = census.Run(2, 0, Report("p", []), error=0.0, change=0.0, finite=True)
+    assert census.problems(census.Row("A", run)) == [
+        "whole: 2 graphs, and the report names no break"
+    ]
+    run.report = Report("p", [], breaks=[ReportedBreak("A", "a.py:1", "item", "Set this.")])
+    assert not census.problems(census.Row("A", run))
+
+
+def test_a_setting_that_dynamo_fails_with_is_said() -> None:
+    row = check("QwenImage21Transformer2DModel")
+    assert row.refused == ["capture_scalar_outputs"]
+    page = census.table([row], {})
+    assert "With `capture_scalar_outputs = True` Dynamo raises an error." in page
 
 
 def test_a_class_without_a_recipe_is_named(monkeypatch, capsys) -> None:

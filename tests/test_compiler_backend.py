@@ -458,6 +458,35 @@ def test_a_policy_may_change_and_what_cannot_follow_is_said() -> None:
 
 
 @torch.no_grad()
+def test_two_attentions_under_one_path_are_decided_apart() -> None:
+    """As of Wan's image to video, whose cross attention sees text and image one after the other."""
+
+    class Twice(models.Attention):
+        def forward(self, x):
+            return super().forward(x) + super().forward(x + 1)
+
+    class Model(models.Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(Twice() for _ in range(2))
+
+    model, x = Model(), models.tokens()
+    expected = model(x)
+    for regional in (False, True):
+        torch._dynamo.reset()
+        backend = cef_compile.backend(policy=lambda n: 1.0 if n.ordinal else None, inner="eager")
+        call = model if regional else torch.compile(model, backend=backend)
+        if regional:
+            for block in model.blocks:
+                block.compile(backend=backend)
+        assert_close(call(x), expected)
+        found = {(n.path, n.ordinal): n.decision for n in backend.report.nodes}
+        assert found == {
+            (f"blocks.{i}", j): "filtered" if j else "dense" for i in range(2) for j in range(2)
+        }
+
+
+@torch.no_grad()
 def test_a_graph_break_keeps_every_node() -> None:
     class Broken(models.Stack):
         def forward(self, x):

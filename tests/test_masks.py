@@ -31,6 +31,9 @@ OUTER = {
     "broadcast": lambda keys, rows: keys[:, None, None, :] & rows[:, None, :, None],
     "rows first": lambda keys, rows: torch.logical_and(rows[:, None, :, None], keys[:, None, None]),
     "method": lambda keys, rows: keys[:, None, None].bitwise_and(rows[:, None, :, None]),
+    "copied": lambda keys, rows: (
+        keys[:, None, None].repeat(1, 1, LENGTH, 1).contiguous() & rows[:, None, :, None]
+    ),
     "permuted": lambda keys, rows: (
         keys[:, None, None] & rows[:, None, None].repeat(1, 1, LENGTH, 1).permute(0, 1, 3, 2)
     ),
@@ -103,6 +106,12 @@ OTHERS = {
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, changed(POSITIONS < 70)),
         "bool mask, ",
     ),
+    "keys changed in place": (
+        lambda q, k, v: F.scaled_dot_product_attention(
+            q, k, v, changed_keys(POSITIONS < 70) & (POSITIONS < 90)[None, None, :, None]
+        ),
+        "bool mask, ",
+    ),
     "or": (
         lambda q, k, v: F.scaled_dot_product_attention(
             q, k, v, (POSITIONS < 70)[None, None, None] | (POSITIONS < 90)[None, None, :, None]
@@ -132,6 +141,12 @@ def window() -> Tensor:
     mask = torch.full(near.shape, -torch.inf)
     mask.masked_fill_(near, 0.0)
     return mask
+
+
+def changed_keys(visible: Tensor) -> Tensor:
+    keys = visible.view(1, 1, 1, LENGTH).repeat(1, 1, LENGTH, 1)
+    keys[:, :, 3] = True
+    return keys
 
 
 @pytest.mark.parametrize("form", OTHERS)

@@ -96,8 +96,6 @@ def split(mask: Any) -> tuple[Operand, Operand]:
     whole = Operand(mask), NOTHING
     node = mask
     while call_name(node) == "cast" and fake_value(node).dtype == torch.bool:
-        if changed_in_place(node):
-            return whole
         node = node.args[0]
     if call_name(node) != "and" or changed_in_place(node):
         return whole
@@ -122,8 +120,6 @@ def _is_even(node: Any, dim: int) -> bool:
     if not isinstance(node, fx.Node) or changed_in_place(node):
         return False
     fake = fake_value(node)
-    if not isinstance(fake, torch.Tensor) or fake.dim() < -dim:
-        return False
     size, stride = fake.shape[dim], fake.stride()[dim]
     if (isinstance(size, int) and size == 1) or (isinstance(stride, int) and stride == 0):
         return True
