@@ -204,7 +204,7 @@ def examine(name: str) -> Row:
         except RuntimeError:  # of Dynamo: what it captures decides a shape that must be known
             row.refused.append(healer)
             continue
-        if (run.graphs, run.breaks) < (whole.graphs, whole.breaks):
+        if run.graphs < whole.graphs:
             row.healed[healer] = run
     blocks = getattr(model, "_repeated_blocks", None)
     if blocks and any(type(module).__name__ in blocks for module in model.modules()):
@@ -290,7 +290,8 @@ def table(rows: list[Row], missing: dict[str, str]) -> str:
 def _breaks(row: Row) -> str:
     """What the report says of a broken graph, and what was seen to heal it."""
     said = break_sentences([asdict(found) for found in row.whole.report.breaks])
-    parts = [f"- {row.name}: {row.whole.graphs} graphs.", *said, "**Tried:**"]
+    graphs = f"{row.whole.graphs} graph{'s' if row.whole.graphs > 1 else ''}"
+    parts = [f"- {row.name}: {graphs}.", *said, "**Tried:**"]
     if not row.healed:
         parts.append(f"neither {' nor '.join(f'`{name}`' for name in HEALERS)} leaves fewer.")
     for name, run in row.healed.items():

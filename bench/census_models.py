@@ -1315,7 +1315,7 @@ def _():
 def _():
     config = {
         "input_dims": 8,
-        "targets_length": 256,
+        "targets_length": 1024,
         "d_model": 16,
         "num_layers": 2,
         "num_heads": 2,
@@ -1324,7 +1324,7 @@ def _():
     }
     return config, {
         "encodings_and_masks": [(rand(1, TEXT, 16), torch.ones(1, TEXT))],
-        "decoder_input_tokens": rand(1, 256, 8),
+        "decoder_input_tokens": rand(1, 1024, 8),
         "decoder_noise_time": torch.tensor([0.5]),
     }
 
