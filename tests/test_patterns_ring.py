@@ -100,6 +100,32 @@ def test_a_ring_is_one_node(parts: int, model_layout: bool) -> None:
     assert not any("flash" in str(node.target) for node in compiled.passed_on.graph.nodes)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_cudnn_in_a_ring_and_alone(shards: int) -> None:
+    """As diffusers calls it. It runs on no CPU; replaced, it does not have to."""
+    q, k, v = qkv()
+
+    def part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+        out, lse, *_ = cudnn(q, k, v, attn_bias=None, compute_log_sumexp=True)
+        out = out.transpose(1, 2).contiguous()
+        return out, lse.squeeze(-1).transpose(1, 2).contiguous().unsqueeze(-1)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [part(q, *shard) for shard in cut(k, v, [150 // shards] * shards)]
+        total = parts[0]
+        for other in parts[1:]:
+            total = merge(*total, *other)
+        return total[0].transpose(1, 2)
+
+    backend = cef_compile.backend(policy=lambda node: 1.0, inner="eager", min_kv_len=0)
+    with torch.no_grad():
+        out = torch.compile(function, backend=backend)(q, k, v)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
+    (node,) = backend.report.nodes
+    assert node.form == ("cudnn_attention" if shards == 1 else "ring of 2 cudnn_attention")
+
+
 def test_a_fused_op_alone() -> None:
     compiled = assert_taken(lambda q, k, v: FLASH(q, k, v, scale=0.3)[0], *qkv())
     assert compiled.node.form == "flash_attention_for_cpu"
