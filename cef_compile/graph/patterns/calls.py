@@ -87,7 +87,7 @@ _METHOD_SPELLINGS: dict[str, tuple[str, ...]] = {
     "add_": ("add_",),
     "sub": ("sub",),
     "and": ("logical_and", "bitwise_and"),
-    "eq": ("eq",),
+    "eq": ("eq", "__eq__"),  # the latter in 2.11
     "order": ("le", "lt", "ge", "gt", "tril", "triu"),
     "not": ("logical_not", "bitwise_not"),
     "masked_fill": ("masked_fill",),
