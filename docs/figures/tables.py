@@ -23,6 +23,7 @@ END_TO_END: Final = ROOT / "bench" / "results" / "end-to-end-h100.json"
 MULTI_GPU: Final = ROOT / "bench" / "results" / "multi-gpu-h100.json"
 SCALING: Final = ROOT / "bench" / "scaling.py"
 ENGINES: Final = ROOT / "bench" / "results" / "engines-h100.json"
+EIGHT_BITS: Final = ROOT / "bench" / "results" / "eight-bits.json"
 RECALLS: Final = Path(__file__).with_name("recalls.json")
 PAGES: Final = tuple(
     ROOT / page
@@ -113,6 +114,17 @@ def engines(_: dict[str, Any]) -> str:
         ]
         table.append([f"{shape}, run {run}: {name}", *cells])
     return markdown(["", *(d if d == "uneven" else f"density {d:.2f}" for d in densities)], table)
+
+
+def eight_bits(_: dict[str, Any]) -> str:
+    """Error of scores in 8 bits, alone and with a recall."""
+    ways = json.loads(EIGHT_BITS.read_text(encoding="utf-8"))["ways"]
+    plain = [way for way in ways if way.startswith("recall") and "," not in way]
+    table = [["every tile", "1.000", *(f"{ways[n]['error']:.4f}" for n in ("bf16", "int8", "fp8"))]]
+    for way in plain:
+        errors = [ways[name]["error"] for name in (way, f"{way}, int8", f"{way}, fp8")]
+        table.append([way, f"{ways[way]['density']:.3f}", *(f"{e:.4f}" for e in errors)])
+    return markdown(["", "density", "error", "with INT8 scores", "with FP8 scores"], table)
 
 
 def _of_engine(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -295,6 +307,7 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "wan": wan,
     "block_lists": block_lists,
     "engines": engines,
+    "eight_bits": eight_bits,
     "parts": parts,
     "break_even": break_even,
     "online": online,

@@ -1,0 +1,115 @@
+"""The error of 8-bit scores beside that of a lower recall, on a CPU, as JSON.
+
+    python bench/eight_bits.py [--out bench/results/eight-bits.json]
+
+Queries and keys of the embedded model's self attention, first blocks, one noise level. The error is
+``||out - exact|| / ||exact||`` of one attention call. Rows are tokens; each has a scale of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from cef_compile.demo.data import load_clip, load_model
+from cef_compile.demo.latents import unshuffle
+from cef_compile.demo.sampler import add_noise, noise_levels, sample
+from cef_compile.kernels import config as c
+from cef_compile.kernels import reference as ref
+
+FRAMES, SIZE, STEPS, STEP, NODES = 8, 128, 20, 5, 6
+RECALLS = (0.99, 0.97, 0.95, 0.9, 0.85)
+
+
+class Capture(TorchFunctionMode):
+    """Keeps q, k and v of every self attention."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            q, k, v = args[:3] if args else (kwargs[name] for name in ("query", "key", "value"))
+            if q.shape == k.shape:
+                self.calls.append((q, k, v))
+        return func(*args, **kwargs)
+
+
+def fp8(x: Tensor) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-9) / torch.finfo(torch.float8_e4m3fn).max
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def int8(x: Tensor) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
+    return (x / scale).round() * scale
+
+
+def errors(q: Tensor, k: Tensor, v: Tensor) -> dict[str, dict[str, float]]:
+    """Error and density of each way."""
+    scale = q.shape[-1] ** -0.5
+    centred = k - k.mean(-2, keepdim=True)  # which softmax does not see
+    scores = {
+        "exact": q @ k.mT * scale,
+        "bf16": q.bfloat16().float() @ k.bfloat16().float().mT * scale,
+        "fp8": fp8(q) @ fp8(centred).mT * scale,
+        "int8": int8(q) @ int8(centred).mT * scale,
+    }
+    exact = scores["exact"].softmax(-1) @ v
+
+    def error(score: Tensor) -> float:
+        return float((score.softmax(-1) @ v - exact).norm() / exact.norm())
+
+    found = {name: {"error": error(scores[name]), "density": 1.0} for name in list(scores)[1:]}
+    plan = ref.plan(q, ref.centroids(k), scale)
+    curve = plan.histogram()
+    curve = curve / curve.sum(-1, keepdim=True)
+    for recall in RECALLS:
+        numbers = torch.tensor([recall, 0.0, 0.0, 0.0])
+        kept, _ = ref.choose(plan, curve.float(), numbers, "threshold")
+        rows = kept.repeat_interleave(c.BLOCK_M, 2)[:, :, : q.shape[2]]
+        hidden = ~rows.repeat_interleave(c.BLOCK_N, 3)[..., : k.shape[2]]
+        for name in ("exact", "fp8", "int8"):
+            key = f"recall {recall}" + ("" if name == "exact" else f", {name}")
+            masked = scores[name].masked_fill(hidden, -torch.inf)
+            found[key] = {"error": error(masked), "density": float(kept.float().mean())}
+    return found
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/eight-bits.json"))
+    arguments = parser.parse_args()
+    cpu = torch.device("cpu")
+    clip, text = load_clip(0, FRAMES, SIZE)
+    levels = noise_levels(STEPS)[STEP : STEP + 2]
+    start = add_noise(unshuffle(clip)[None], 0, float(levels[0]))
+    with Capture() as capture:
+        sample(load_model(cpu, torch.float32), start, text, levels)
+    nodes = [errors(*call) for call in capture.calls[:NODES]]
+    ways = {
+        way: {
+            "error": round(statistics.mean(node[way]["error"] for node in nodes), 4),
+            "density": round(statistics.mean(node[way]["density"] for node in nodes), 3),
+        }
+        for way in nodes[0]
+    }
+    about = {"tokens": capture.calls[0][0].shape[2], "nodes": NODES, "level": float(levels[0])}
+    arguments.out.write_text(json.dumps({"about": about, "ways": ways}, indent=1) + "\n")
+    print(json.dumps(ways, indent=1))
+
+
+if __name__ == "__main__":
+    main()
