@@ -4,9 +4,10 @@
 
 The trained tiny Wan is sampled in full, from noise and from real clips, dense and with each
 method, paired by seed. A row has PSNR, SSIM and flicker against dense, the achieved recall and
-density, and on a GPU the time of the attention calls themselves, in CUDA graphs, beside cuDNN's on
-the same tensors. The floor is dense with another kernel. Rows that the output holds already are
-not run again, so that an interrupted run goes on where it stopped.
+density, and on a GPU the time of attention calls of the run, in CUDA graphs, beside cuDNN's on the
+same tensors: those of the middle step of the first video from noise and of the first clip. The
+floor is dense with another kernel. Rows that the output holds already are not run again, so that
+an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from token_order import cubes, reordered
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,11 +35,12 @@ from cef_compile.demo.latents import unshuffle
 from cef_compile.demo.metrics import Video, psnr, ssim
 from cef_compile.demo.run import to_video
 from cef_compile.demo.sampler import add_noise, euler_step, noise_levels
+from cef_compile.policy.decision import ask
 from cef_compile.report.environment import environment
 
 CLIP_START = 0.75
 """Noise level at which real clips enter."""
-CUBE = (4, 4, 4)
+TIMED_SCENES = ("noise 0", "clip 0")
 BALANCED = "balanced"
 """Group of the methods that share one threshold between all nodes."""
 
@@ -50,6 +51,11 @@ def same(**options: Any) -> Callable[[Any], Decision | None]:
     """A policy of one decision for every self attention."""
     decision = Decision(**options)
     return lambda node: decision if node.kind == "self" else None
+
+
+def in_raster_order(policy: Any) -> Callable[[Any], Decision]:
+    """The same decisions, without regard to the grid of the tokens."""
+    return lambda node: replace(ask(policy, node), order="raster")
 
 
 METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
@@ -167,8 +173,6 @@ class Study:
         self.given = given
         self.model = load_model(self.device, dtype)
         self.scenes = scenes(given, self.device, dtype)
-        side = given.size // 8
-        self.order = cubes((given.frames, side, side), CUBE).to(self.device)
         with self._kernel(0):
             self.dense = [self._sample(self.model, scene) for scene in self.scenes]
 
@@ -180,17 +184,18 @@ class Study:
 
     def row(self, name: str, parameter: float, dense_above: float) -> dict[str, Any]:
         """One method at one parameter, on all scenes."""
-        backend = cef_compile.backend(
-            policy=METHODS[name][0](parameter), inner="eager", min_kv_len=0
-        )
+        policy = METHODS[name][0](parameter)
+        if self.given.raster:
+            policy = in_raster_order(policy)
+        backend = cef_compile.backend(policy=policy, inner="eager", min_kv_len=0)
         torch._dynamo.reset()
         videos, calls = [], Calls()
-        with self._ordered(), backend.audit() as audit:
+        with backend.audit() as audit:
             compiled = torch.compile(self.model, backend=backend)
 
             @contextmanager
             def before(step: int, level: float) -> Iterator[None]:
-                middle = step == len(scene.levels) // 2 and self.device.type == "cuda"
+                middle = step == len(scene.levels) // 2 and scene.name in TIMED_SCENES
                 with (
                     backend.dense() if level > dense_above else nullcontext(),
                     calls if middle else nullcontext(),
@@ -202,17 +207,13 @@ class Study:
                 videos.append(sample(compiled, scene, before))
         row = {"method": name, "parameter": parameter, "dense_above": dense_above}
         row |= {"recall": audit.recall, "density": audit.density, **self._quality(videos)}
-        if calls.found:
+        if self.device.type == "cuda":
             filtered, dense = attention_ms(calls.found)
             row |= {"attention_ms": filtered, "cudnn_ms": dense, "speed": dense / filtered}
         return row
 
     def _sample(self, model: nn.Module, scene: Scene) -> Video:
-        with self._ordered():
-            return sample(model, scene, lambda step, level: nullcontext())
-
-    def _ordered(self) -> Any:
-        return nullcontext() if self.given.raster else reordered(self.model, self.order)
+        return sample(model, scene, lambda step, level: nullcontext())
 
     def _kernel(self, which: int) -> Any:
         kernels = {
@@ -264,7 +265,7 @@ def main() -> None:
     parser.add_argument("--parameters", nargs="+", type=float, help="in place of the methods' own")
     add_setting(parser)
     parser.add_argument("--dense-above", type=float, default=1.0, help="noise level of warm-up")
-    parser.add_argument("--raster", action="store_true", help="tokens in raster order")
+    parser.add_argument("--raster", action="store_true", help="tiles of tokens as they come")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "quality.json"
     )
