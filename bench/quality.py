@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cef_compile
 from cef_compile import Balanced, Decision, Uniform
@@ -121,18 +120,28 @@ def flicker(video: Video) -> float:
     return float(np.abs(np.diff(video, axis=0)).mean())
 
 
-class Calls(TorchDispatchMode):
-    """Keeps the arguments of the op's calls."""
+class Recorder:
+    """An inner compiler that runs graphs as they are and, while asked to, keeps the op's inputs."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[Any, ...]] = []
+        self.on = False
+        self.calls: list[tuple[Any, ...]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the call as it is, and remember it if it is the op's."""
-        if func is torch.ops.cef.attention.default:
-            self.found.append(tuple(x.clone() if isinstance(x, Tensor) else x for x in args))
-        return func(*args, **(kwargs or {}))
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        """The graph, to be called."""
+        recording = _Recording(gm, self.calls)
+        return lambda *args: recording.run(*args) if self.on else gm(*args)
+
+
+class _Recording(torch.fx.Interpreter):
+    def __init__(self, gm: torch.fx.GraphModule, calls: list[tuple[Any, ...]]) -> None:
+        super().__init__(gm)
+        self._calls = calls
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.cef.attention.default:
+            self._calls.append(tuple(x.clone() if isinstance(x, Tensor) else x for x in args))
+        return super().call_function(target, args, kwargs)
 
 
 def graph_ms(call: Callable[[], Any], repeats: int = 10) -> float:
@@ -187,19 +196,17 @@ class Study:
         policy = METHODS[name][0](parameter)
         if self.given.raster:
             policy = in_raster_order(policy)
-        backend = cef_compile.backend(policy=policy, inner="eager", min_kv_len=0)
+        recorder = Recorder()
+        backend = cef_compile.backend(policy=policy, inner=recorder, min_kv_len=0)
         torch._dynamo.reset()
-        videos, calls = [], Calls()
+        videos = []
         with backend.audit() as audit:
             compiled = torch.compile(self.model, backend=backend)
 
             @contextmanager
             def before(step: int, level: float) -> Iterator[None]:
-                middle = step == len(scene.levels) // 2 and scene.name in TIMED_SCENES
-                with (
-                    backend.dense() if level > dense_above else nullcontext(),
-                    calls if middle else nullcontext(),
-                ):
+                recorder.on = step == len(scene.levels) // 2 and scene.name in TIMED_SCENES
+                with backend.dense() if level > dense_above else nullcontext():
                     yield
 
             for scene in self.scenes:
@@ -208,7 +215,7 @@ class Study:
         row = {"method": name, "parameter": parameter, "dense_above": dense_above}
         row |= {"recall": audit.recall, "density": audit.density, **self._quality(videos)}
         if self.device.type == "cuda":
-            filtered, dense = attention_ms(calls.found)
+            filtered, dense = attention_ms(recorder.calls)
             row |= {"attention_ms": filtered, "cudnn_ms": dense, "speed": dense / filtered}
         return row
 
