@@ -20,12 +20,14 @@ from cef_compile.graph import (
     Break,
     Owner,
     Site,
+    check_grid,
     compiled_module,
     find_anchor,
     find_break,
     find_sites,
     find_split,
     rewrite,
+    with_grids,
     worth_saying,
 )
 from cef_compile.layers import Layers, node_bands
@@ -39,6 +41,7 @@ from cef_compile.policy import (
     Uniform,
     check_level,
     check_policy,
+    check_sizes,
 )
 from cef_compile.report import Audit, Report, ReportedBreak
 from cef_compile.runtime import FilteredGraph, Layer, ModelState, Switches
@@ -63,10 +66,12 @@ class Backend:
         strict: bool,
         min_kv_len: int | None,
         group: dist.ProcessGroup | None = None,
+        grid: tuple[int, int, int] | None = None,
     ) -> None:
         self._decider = Decider(policy, strict, min_kv_len)
         self._inner = inner_compilers.check_inner(inner)
         self._group = check_group(group)
+        self._grid = _check_grid(grid)
         self._switches = Switches()
         self._level: float | None = None
         # A report outlives its model, so the states are held here and the models are not.
@@ -101,7 +106,7 @@ class Backend:
     def _compile(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]
     ) -> Callable[..., Any]:
-        sites = find_sites(gm)
+        sites = with_grids(find_sites(gm), self._grid)
         anchor = find_anchor(gm, example_inputs)
         owner = anchor.owner(anchor.of(example_inputs))
         try:
@@ -127,6 +132,11 @@ class Backend:
     def policy(self) -> PolicyLike:
         """Who gets how much."""
         return self._decider.policy
+
+    @property
+    def grid(self) -> tuple[int, int, int] | None:
+        """The grid of tokens that was given."""
+        return self._grid
 
     @property
     def report(self) -> Report:
@@ -275,6 +285,9 @@ class Backend:
         """
         decisions = [[self._decider.decide(s, prefix) for s in sites] for prefix in owner.siblings]
         chosen = _choose(sites, decisions)
+        for site, decision in chosen.items():
+            if decision.order == "grid":
+                check_grid(site, self._grid)
         layers = Layers(self._decider, self._model_state, sites, chosen)
         layers.get(owner)
         return layers, chosen
@@ -377,6 +390,7 @@ def backend(
     strict: bool = False,
     min_kv_len: int | None = None,
     group: dist.ProcessGroup | None = None,
+    grid: tuple[int, int, int] | None = None,
 ) -> Backend:
     """A torch.compile backend that computes only the key tiles that carry the attention energy.
 
@@ -397,18 +411,23 @@ def backend(
             They share the threshold of :class:`Balanced`, and raise a :class:`RankError` together
             where one fails to compile or decides otherwise. All must compile the same graphs in the
             same order. None leaves each rank to itself.
+        grid: (frames, height, width) of the tokens after patching (1 frame for an image), in raster
+            order: tiles are cut as its cubes. None for what the graph, or the call that is running
+            while it is compiled, shows; give it where the report says that no grid was found.
+            Compiling raises a ValueError where the tokens of a filtered node do not fit it.
 
     Raises:
-        TypeError: ``policy``, ``inner``, ``recall``, ``min_kv_len`` or ``group`` is of the wrong
-            type.
+        TypeError: ``policy``, ``inner``, ``recall``, ``min_kv_len``, ``group`` or ``grid`` is of
+            the wrong type.
         ValueError: ``recall`` is outside (0, 1], both it and a policy are given, ``inner`` is no
-            registered backend, ``min_kv_len`` is negative, or ``group`` lacks this rank.
+            registered backend, ``min_kv_len`` is negative, ``group`` lacks this rank, or ``grid``
+            is not three sizes above 0.
     """
     if recall is not None and policy is not None:
         raise ValueError(f"give recall or policy, not both; got {recall!r} and {policy!r}")
     if policy is None:
         policy = Balanced(DEFAULT_RECALL if recall is None else recall)
-    return Backend(policy, inner, strict, min_kv_len, group)
+    return Backend(policy, inner, strict, min_kv_len, group, grid)
 
 
 def _choose(sites: Sequence[Site], decisions: list[list[Decision]]) -> dict[Site, Decision]:
@@ -457,10 +476,19 @@ def named_backend(**options: Any) -> Backend:
     return _named[key]
 
 
-_OPTIONS = ("recall", "policy", "inner", "strict", "min_kv_len", "group")
+_OPTIONS = ("recall", "policy", "inner", "strict", "min_kv_len", "group", "grid")
 _named: dict[tuple[Any, ...], Backend] = {}
 """Dynamo calls a named backend anew for every graph, and a model's graphs belong together."""
 
 
+def _check_grid(grid: Any) -> tuple[int, int, int] | None:
+    if grid is None:
+        return None
+    frames, height, width = check_sizes("grid", grid, 3, least=1)
+    return frames, height, width
+
+
 def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_hashable, value))
     return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)

@@ -19,6 +19,7 @@ def explain(
     recall: float | None = None,
     policy: PolicyLike | None = None,
     min_kv_len: int | None = None,
+    grid: tuple[int, int, int] | None = None,
     **kwargs: Any,
 ) -> Report:
     """The report that a backend with these settings would give of this call.
@@ -31,12 +32,14 @@ def explain(
     Args:
         model: a module or function.
         args, kwargs: what it is called with.
-        recall, policy, min_kv_len: as for :func:`cef_compile.backend`.
+        recall, policy, min_kv_len, grid: as for :func:`cef_compile.backend`.
 
     Raises:
         TypeError, ValueError: as for :func:`cef_compile.backend`.
     """
-    chosen = backend(recall, policy=policy, inner=_answer_with_zeros, min_kv_len=min_kv_len)
+    chosen = backend(
+        recall, policy=policy, inner=_answer_with_zeros, min_kv_len=min_kv_len, grid=grid
+    )
     chosen.set_noise_level(0.0)
     with torch.no_grad():
         torch.compile(model, backend=chosen, dynamic=False)(*args, **kwargs)

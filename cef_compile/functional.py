@@ -148,7 +148,7 @@ def attention(
         control,
         int(ops.Phase.AUDITED if return_stats else ops.Phase.FILTERED),
         float(node.head_dim) ** -0.5 if scale is None else float(scale),
-        *decision.variant,
+        *decision.options,
         layout,
     )
     if not return_stats:

@@ -176,6 +176,10 @@ class NodeState:
             estimated_recall=last.estimate if last else None,
             threshold=last.threshold if last and has_threshold else None,
             form=node.form,
+            order="" if decision.is_dense else decision.order,
+            grid=node.grid,
+            segments=node.segments,
+            grid_source=node.grid_source,
         )
 
 
@@ -219,6 +223,7 @@ class ModelState:
         """The state of a node; the same one where a graph was compiled again for equal sizes."""
         for state in self.nodes:
             same = state.node.key == node.key and state.variant == variant
+            same = same and state.node.grid == node.grid
             if same and state.node.q_shape == node.q_shape and state.node.k_shape == node.k_shape:
                 return state
         self.nodes.append(NodeState(node, decision, variant, bands, self.level))

@@ -51,10 +51,10 @@ def tile_maps(
         found = known.get(node.key)
         if found is None or found.recall is None:
             return None
-        return Decision(found.recall, rule=found.rule, threshold=found.threshold)
+        return Decision(found.recall, rule=found.rule, threshold=found.threshold, order=found.order)
 
     watched = _Watch(type(model).__name__)
-    watching = Backend(frozen, watched.compile, strict=False, min_kv_len=0)
+    watching = Backend(frozen, watched.compile, strict=False, min_kv_len=0, grid=backend.grid)
     watched.backend = watching
     with torch.no_grad():
         torch.compile(model, backend=watching, dynamic=False)(*args, **kwargs)

@@ -378,7 +378,7 @@ def arguments(
     layout: tuple[int, ...] = (),
 ) -> tuple[Any, ...]:
     numbers = ops.new_control(decision, x.q.device)
-    return (x.q, x.k, x.v, mask, numbers, int(phase), x.scale, *decision.variant, list(layout))
+    return (x.q, x.k, x.v, mask, numbers, int(phase), x.scale, *decision.options, list(layout))
 
 
 DECISIONS = {

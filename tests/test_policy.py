@@ -63,11 +63,11 @@ def context(length: int, kind: str = "cross") -> AttentionNode:
 class TestDecision:
     def test_defaults(self) -> None:
         decision = Decision(0.9)
-        assert decision.variant == ("planned", "threshold", "none", False)
+        assert decision.variant == ("planned", "threshold", "none", False, "grid")
         assert not decision.is_dense
         assert decision.reason is None
         assert decision.log2_threshold is None
-        assert Decision(0.9, filter="online").variant == ("online", "share", "mean", False)
+        assert Decision(0.9, filter="online").variant == ("online", "share", "mean", False, "grid")
         assert Decision(0.9, filter="online", rule="lse").certify == "none"
         assert Decision(1).recall == 1.0
         assert isinstance(Decision(1).recall, float)
@@ -166,7 +166,7 @@ class TestDecision:
             return
         decision = Decision(0.9, filter_, rule, certify, group=group, **more)
         default = "mean" if online and resolved == "share" else "none"
-        assert decision.variant == (filter_, resolved, certify or default, compensate)
+        assert decision.variant == (filter_, resolved, certify or default, compensate, "grid")
 
     def test_dense(self) -> None:
         decision = Decision.dense(Reason.CAUSAL, "because")

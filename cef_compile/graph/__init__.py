@@ -3,6 +3,7 @@
 from cef_compile.graph.anchor import Anchor, find_anchor
 from cef_compile.graph.breaks import Break, find_break, find_split, worth_saying
 from cef_compile.graph.find import Site, concrete, find_sites
+from cef_compile.graph.grids import check_grid, with_grids
 from cef_compile.graph.owner import NO_OWNER, Owner, compiled_module
 from cef_compile.graph.rewrite import Rewritten, rewrite
 
@@ -13,6 +14,7 @@ __all__ = [
     "Owner",
     "Rewritten",
     "Site",
+    "check_grid",
     "compiled_module",
     "concrete",
     "find_anchor",
@@ -20,5 +22,6 @@ __all__ = [
     "find_sites",
     "find_split",
     "rewrite",
+    "with_grids",
     "worth_saying",
 ]

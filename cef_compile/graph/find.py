@@ -16,7 +16,9 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from cef_compile.graph.patterns import Match, View, find_matches, masks
+from cef_compile.graph.axes import Origin, Origins, hint, through, trace_axes
+from cef_compile.graph.layout import Layout, find_layout
+from cef_compile.graph.patterns import Match, Operand, View, find_matches, masks
 from cef_compile.graph.patterns.calls import fake_value
 from cef_compile.graph.tokens import attention_kind
 from cef_compile.policy import AttentionNode, MaskKind, Reason
@@ -42,6 +44,8 @@ class Site:
             to look at SDPA's output to see that of ``fx_node``.
         absorbed: the other nodes that compute it.
         problem: why it can only be reported; None where the op can take its place.
+        layout: the sequences that its tokens are; None where queries and keys are not the same
+            tokens, or nothing is known of them.
     """
 
     fx_node: fx.Node
@@ -52,6 +56,20 @@ class Site:
     views: Mapping[str, tuple[View, ...]] = field(default_factory=dict)
     absorbed: frozenset[fx.Node] = frozenset()
     problem: tuple[Reason, str] | None = None
+    layout: Layout | None = None
+
+    @property
+    def place(self) -> str:
+        """Path and number of the call."""
+        return f"{self.node.path or '(unnamed)'}#{self.node.ordinal}"
+
+    def laid_out(self, layout: Layout | None) -> Site:
+        """This site with a layout, which its node tells the policy."""
+        if layout is None:
+            return replace(self, layout=None)
+        sizes = layout.sizes if len(layout.sizes) > 1 else ()
+        node = replace(self.node, grid=layout.grid, segments=sizes, grid_source=layout.source)
+        return replace(self, layout=layout, node=node)
 
 
 def module_path(node: fx.Node) -> str:
@@ -94,6 +112,10 @@ def concrete(node: AttentionNode) -> AttentionNode:
 
     Reading a hint adds no guard, where comparing a symbolic size would.
     """
+    grid = None
+    if node.grid is not None:
+        frames, height, width = node.grid
+        grid = (hint(frames), hint(height), hint(width))
     return replace(
         node,
         q_shape=_hints(node.q_shape),
@@ -102,14 +124,13 @@ def concrete(node: AttentionNode) -> AttentionNode:
         q_stride=_hints(node.q_stride),
         k_stride=_hints(node.k_stride),
         v_stride=_hints(node.v_stride),
+        grid=grid,
+        segments=_hints(node.segments),
     )
 
 
 def _hints(sizes: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple(
-        size if isinstance(size, int) else int(size.node.hint) if size.node.has_hint() else -1
-        for size in sizes
-    )
+    return tuple(map(hint, sizes))
 
 
 def _comparable(sizes: Sequence[Any]) -> tuple[Any, ...]:
@@ -123,11 +144,27 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
     sites = []
     for graph, nested in _graphs(gm, None):
         joined: dict[fx.Node, bool] = {}
-        for match in find_matches(graph):
+        matches = list(find_matches(graph))
+        origins = trace_axes(graph) if matches else {}
+        for match in matches:
             path = module_path(match.result)
-            sites.append(_site(match, path, calls[path], nested, joined))
+            site = _site(match, path, calls[path], nested, joined)
+            sites.append(site.laid_out(_layout(match, site.node, origins)))
             calls[path] += 1
     return sites
+
+
+def _layout(match: Match, node: AttentionNode, origins: Mapping[fx.Node, Origins]) -> Layout | None:
+    """What the tokens of an attention are, as far as the graph shows it."""
+    if len(node.q_shape) != 4 or node.kind == "cross":
+        return None
+    query, key = (_tokens(operand, origins) for operand in (match.query, match.key))
+    return find_layout(query, key, match.query.fake.shape[-2], match.key.fake.shape[-2])
+
+
+def _tokens(operand: Operand, origins: Mapping[fx.Node, Origins]) -> Origin:
+    """The origin of an operand's axis of tokens."""
+    return through(origins[operand.source], fake_value(operand.source), operand.views)[-2]
 
 
 def _graphs(gm: fx.GraphModule, nested: str | None) -> Iterator[tuple[fx.Graph, str | None]]:

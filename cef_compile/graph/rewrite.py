@@ -9,7 +9,7 @@ share, and none of them changing costs a recompile.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
+from cef_compile.graph.axes import Axis
 from cef_compile.graph.find import Site
+from cef_compile.graph.layout import Segment
 from cef_compile.graph.patterns.calls import call_name, fake_value, mutates
 from cef_compile.policy import Decision
 
@@ -149,14 +151,44 @@ def _replace(
 
     # A number from here on: of a symbolic one Dynamo guards the value.
     scale = float(site.node.head_dim) ** -0.5 if site.scale is None else float(site.scale)
+
+    def size(axis: Axis | int) -> Any:
+        if isinstance(axis, int) or isinstance(axis.size, int):
+            return axis if isinstance(axis, int) else axis.size
+        assert axis.node is not None, "an order has known axes"
+        return emit(torch.ops.aten.sym_size.int, copies[axis.node], axis.dim)
+
+    def combined(function: Callable[[Any, Any], Any], parts: Iterable[Any]) -> Any:
+        """Sum or product; of numbers as a number, else as a node of the graph."""
+        total, *rest = parts
+        for part in rest:
+            numbers = isinstance(total, int) and isinstance(part, int)
+            total = function(total, part) if numbers else emit(function, total, part)
+        return total
+
+    def tokens(segments: Sequence[Segment]) -> Any:
+        parts = (combined(operator.mul, map(size, segment.part)) for segment in segments)
+        return combined(operator.add, [0, *parts])
+
+    def layout() -> list[Any]:
+        """The op's layout: text before, frames, height, width, text after."""
+        found = site.layout
+        if found is None or not found.matters or decision.order == "raster":
+            return []
+        start, end = found.main
+        main = found.segments[start:end]
+        grid = main[0].grid if len(main) == 1 else None
+        middle = [1, 1, tokens(main)] if grid is None else [size(axis) for axis in grid]
+        return [tokens(found.segments[:start]), *middle, tokens(found.segments[end:])]
+
     with graph.inserting_before(old):
         call = emit(
             torch.ops.cef.attention.default,
             *(tensor(name) for name in ("query", "key", "value", "attn_mask")),
             *inputs,
             scale,
-            *decision.variant,
-            [],
+            *decision.options,
+            layout(),
         )
         out, histogram, measured = (emit(operator.getitem, call, i) for i in range(3))
         rows = tensor("rows")

@@ -16,19 +16,28 @@ from cef_compile.policy.decision import (
     check_sizes,
 )
 from cef_compile.policy.files import load_policy, save_policy
-from cef_compile.policy.node import AttentionNode, Kind, MaskKind, Reason
+from cef_compile.policy.node import (
+    SHORT_CONTEXT,
+    AttentionNode,
+    GridSource,
+    Kind,
+    MaskKind,
+    Reason,
+)
 from cef_compile.policy.nodes import NodeEntry, NodePolicy, dtype_name
 from cef_compile.policy.schedule import Schedule, check_level
 
 __all__ = [
     "CERTIFICATES",
     "FILTER_RULES",
+    "SHORT_CONTEXT",
     "AttentionNode",
     "Balanced",
     "Bands",
     "Calibration",
     "Candidate",
     "Decision",
+    "GridSource",
     "Kind",
     "MaskKind",
     "MeasuredNode",

@@ -12,6 +12,8 @@ from cef_compile.policy.node import AttentionNode, Reason
 FILTER_RULES = {"planned": ("threshold", "top_k", "top_p"), "online": ("share", "lse", "max")}
 """Filters and the rules that each knows; the first one is the default."""
 CERTIFICATES = ("none", "mean", "row")
+ORDERS = ("grid", "raster")
+"""Orders in which tiles are cut; the first one is the default."""
 
 
 def check_fraction(name: str, value: Any) -> float:
@@ -71,6 +73,8 @@ class Decision:
         density: for ``rule="top_k"``, the share of tiles kept in every query tile.
         compensate: put dropped tiles back as one pseudo-token each; off by default, since it harms
             heads that are selective inside a tile.
+        order: "grid" cuts tiles as cubes of the node's grid, where it has one, and keeps text
+            exact; "raster" cuts them as the tokens come.
         group: nodes of one model and group share ONE threshold, chosen so that their mean recall
             is ``recall``; None gives the node its own.
         reason: why the node is dense; only for dense decisions.
@@ -87,6 +91,7 @@ class Decision:
     threshold: float | None = None
     density: float | None = None
     compensate: bool = False
+    order: str = ORDERS[0]
     group: str | None = None
     reason: Reason | None = None
     detail: str = ""
@@ -97,6 +102,7 @@ class Decision:
         set_(self, "rule", check_choice("rule", self.rule or rules[0], rules))
         default = "mean" if self.filter == "online" and self.rule == "share" else "none"
         set_(self, "certify", check_choice("certify", self.certify or default, CERTIFICATES))
+        check_choice("order", self.order, ORDERS)
         if self.filter == "planned" and self.certify != "none":
             raise ValueError(
                 f"certify={self.certify!r} needs filter='online': a plan's recall is an estimate"
@@ -131,9 +137,14 @@ class Decision:
         return self.recall is None
 
     @property
-    def variant(self) -> tuple[str, str, str, bool]:
-        """What is compiled into the graph: (filter, rule, certify, compensate)."""
+    def options(self) -> tuple[str, str, str, bool]:
+        """How the op filters: (filter, rule, certify, compensate)."""
         return (self.filter, self.rule, self.certify, self.compensate)
+
+    @property
+    def variant(self) -> tuple[str, str, str, bool, str]:
+        """What is compiled into the graph: the options and the order."""
+        return (*self.options, self.order)
 
     @property
     def log2_threshold(self) -> float | None:

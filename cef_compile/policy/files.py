@@ -16,7 +16,7 @@ import torch
 from cef_compile.policy.bands import Bands
 from cef_compile.policy.builtin import Balanced, Rules, Uniform
 from cef_compile.policy.calibration import Calibration, Candidate, MeasuredNode, Tried
-from cef_compile.policy.decision import CERTIFICATES, FILTER_RULES, Decision, PolicyLike
+from cef_compile.policy.decision import CERTIFICATES, FILTER_RULES, ORDERS, Decision, PolicyLike
 from cef_compile.policy.json_files import Place, read_json, write_json
 from cef_compile.policy.node import Reason
 from cef_compile.policy.nodes import NodeEntry, NodePolicy, check_entry
@@ -264,6 +264,7 @@ def _decision(place: Place, found: dict[str, Place]) -> Decision:
     threshold = found["threshold"].optional(Place.fraction)
     density = found["density"].optional(Place.fraction)
     compensate = found["compensate"].boolean()
+    order = found["order"].string(ORDERS)
     group = found["group"].optional(Place.string)
     detail = found["detail"].string()
     return place.make(
@@ -275,6 +276,7 @@ def _decision(place: Place, found: dict[str, Place]) -> Decision:
             threshold=threshold,
             density=density,
             compensate=compensate,
+            order=order,
             group=group,
             reason=reason,
             detail=detail,

@@ -12,6 +12,10 @@ import torch
 Kind = Literal["self", "cross", "joint"]
 MaskKind = Literal["none", "key_padding", "bool", "float"]
 
+GridSource = Literal["", "graph", "call", "given"]
+"""Where a grid of tokens was found: in the graph, in the arguments of the call that was running
+when the graph was compiled, or given by the user."""
+
 SHORT_CONTEXT = 1024
 """A cross attention to fewer keys than this is taken for one to text: the text encoders of today's
 models give 77 to 512 tokens, and 16 tiles leave nothing worth dropping."""
@@ -95,6 +99,10 @@ class AttentionNode:
         requires_grad: whether the output would need a gradient.
         form: how the model writes it: "sdpa", "softmax(matmul)" and its like for attention that is
             spelled out, the name of another op.
+        grid: (frames, height, width) of the tokens that are not text; None where it is not known,
+            and tiles are cut as the tokens come.
+        segments: number of tokens of each of the sequences that were joined; empty where it is one.
+        grid_source: where the grid was found.
     """
 
     path: str
@@ -115,6 +123,9 @@ class AttentionNode:
     kind: Kind
     requires_grad: bool
     form: str = "sdpa"
+    grid: tuple[int, int, int] | None = None
+    segments: tuple[int, ...] = ()
+    grid_source: GridSource = ""
 
     @property
     def q_len(self) -> int:

@@ -22,7 +22,7 @@ from cef_compile.report.record import CALL_FIELDS, MEANS, join
 from cef_compile.report.summary import Report
 from cef_compile.report.table import ERROR_DIGITS, number
 from cef_compile.report.tiles import TileMap
-from cef_compile.report.words import sentences
+from cef_compile.report.words import sentences, token_words
 
 PICTURE_TYPES: Final = {
     b"\x89PNG\r\n\x1a\n": "image/png",
@@ -37,6 +37,7 @@ COLUMNS: Final = (
     ("form", "text", "how the model writes the attention"),
     ("queries", "number", "query tokens"),
     ("keys", "number", "key tokens"),
+    ("tokens", "text", "frames x height x width of their grid, where it is known, and text"),
     ("decision", "text", "filtered, or dense and why"),
     ("target", "number", "wanted recall; of a group its mean counts"),
     ("recall", "number", "achieved recall, from exact energies of a sample"),
@@ -202,6 +203,7 @@ def _node_row(node: Mapping[str, Any], several: bool) -> str:
         node["form"],
         _size(node["q_len"]),
         _size(node["kv_len"]),
+        token_words(node),
         f"filtered ({how})" if filtered else f"dense: {why}",
         number(audit.get("target", node["recall"])),
         number(audit.get("recall")),

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cef_compile.report.table import number, text_table
-from cef_compile.report.words import break_sentences
+from cef_compile.report.words import break_sentences, order_sentences, token_words
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class ReportedNode:
         calls: filtered calls so far.
         density, estimated_recall, threshold: of the last filtered call; None before one.
         form: how the model writes it, see :class:`~cef_compile.AttentionNode`.
+        order: in which its tiles are cut, "grid" or "raster"; empty if dense.
+        grid, segments, grid_source: what its tokens are, see :class:`~cef_compile.AttentionNode`.
     """
 
     model: str
@@ -57,6 +59,10 @@ class ReportedNode:
     estimated_recall: float | None
     threshold: float | None
     form: str = "sdpa"
+    order: str = ""
+    grid: tuple[int, int, int] | None = None
+    segments: tuple[int, ...] = ()
+    grid_source: str = ""
 
     @property
     def q_len(self) -> int:
@@ -140,10 +146,11 @@ class Report:
             f"  {count} dense: {reason}"
             for reason, count in Counter(node.reason for node in self.dense).most_common()
         ]
+        lines += [f"  {sentence}" for sentence in order_sentences(self.to_dict()["nodes"])]
         lines += [f"  rule {pattern!r} matches no node" for pattern in self.unmatched_rules]
         lines += [f"  {sentence}" for sentence in breaks]
         models = len({node.model for node in self.nodes}) > 1
-        header = ["node", "kind", "form", "q x kv", "decision", "engine"]
+        header = ["node", "kind", "form", "q x kv", "tokens", "decision", "engine"]
         header += ["recall", "estimate", "density", "why"]
         rows = [
             [
@@ -151,6 +158,7 @@ class Report:
                 node.kind,
                 node.form,
                 f"{node.q_len} x {node.kv_len}",
+                token_words(asdict(node)),
                 node.filter or "dense",
                 node.engine,
                 number(node.recall),

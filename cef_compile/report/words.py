@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     filtered = [node for node in nodes if node["decision"] == "filtered"]
     dense = [node for node in nodes if node["decision"] != "filtered"]
     text = [_decisions(len(nodes), len(filtered), record["policy"]), _reasons(dense)]
+    text += [f"{sentence}." for sentence in order_sentences(nodes)]
     if record["unmatched_rules"]:
         patterns = ", ".join(map(repr, record["unmatched_rules"]))
         text.append(f"Rules of the policy that match no node: {patterns}.")
@@ -117,3 +119,36 @@ def _errors(audited: list[Mapping[str, Any]]) -> str:
 
 def _name(node: Mapping[str, Any]) -> str:
     return f"{node['path'] or '(unnamed)'}#{node['ordinal']}"
+
+
+def token_words(node: Mapping[str, Any]) -> str:
+    """What the tokens of a node are: ``"4 x 16 x 16 + 12"`` for a video and 12 tokens of text.
+
+    Empty where nothing is known of them; "raster" stands behind a grid that is not used.
+    """
+    grid, segments = node.get("grid"), list(node.get("segments") or ())
+    if grid is None:
+        return " + ".join(map(str, segments))
+    words = " x ".join(map(str, grid))
+    tokens = math.prod(grid)
+    text = " + ".join(words if n == tokens else str(n) for n in segments or [tokens])
+    return f"{text}, raster" if node.get("order") == "raster" else text
+
+
+def order_sentences(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What there is to know of the order of tokens, and to do about it."""
+    ordered = [node for node in nodes if node.get("order") == "grid" and node["kind"] != "cross"]
+    unknown = sum(node.get("grid") is None for node in ordered)
+    told = sum(node.get("grid_source") == "call" for node in ordered)
+    sentences = []
+    if told:
+        sentences.append(
+            f"{told} take the grid of their tokens from the call that was compiled; another one"
+            " of as many tokens runs in the same order"
+        )
+    if unknown:
+        sentences.append(
+            f"{unknown} filtered in raster order: no grid of tokens was found; give"
+            " backend(grid=(frames, height, width)), which takes fewer tiles for the same recall"
+        )
+    return sentences
