@@ -33,6 +33,9 @@ FILTERED = ReportedNode(
     estimated_recall=0.91,
     threshold=0.01,
     form="softmax(bmm)",
+    order="grid",
+    grid=(8, 16, 32),
+    grid_source="graph",
 )
 DENSE = replace(
     FILTERED,

@@ -39,8 +39,29 @@ class TestReport:
         assert back["unmatched_rules"] == ["oops.*"]
         for node, data in zip(report.nodes, back["nodes"], strict=True):
             assert (data.pop("q_len"), data.pop("kv_len")) == (4096, 8192)
-            data["q_shape"], data["kv_shape"] = tuple(data["q_shape"]), tuple(data["kv_shape"])
+            for name in ("q_shape", "kv_shape", "grid", "segments"):
+                data[name] = tuple(data[name])
             assert ReportedNode(**data) == node
+
+    def test_text_says_what_the_tokens_are(self) -> None:
+        joint = replace(FILTERED, kv_shape=FILTERED.q_shape, segments=(77, 4096), kind="joint")
+        nodes = [
+            joint,
+            replace(joint, order="raster"),
+            replace(joint, grid=None),
+            replace(joint, grid=None, segments=()),
+            replace(joint, grid_source="call"),
+            replace(FILTERED, grid=None),
+        ]
+        text = str(Report("p", nodes))
+        assert text.count("77 + 8 x 16 x 32") == 3
+        assert text.count("77 + 8 x 16 x 32, raster") == 1
+        assert text.count("77 + 4096") == 1
+        assert (
+            "  2 filtered in raster order: no grid of tokens was found; give backend(grid=" in text
+        )
+        assert "  1 take the grid of their tokens from the call that was compiled" in text
+        assert "raster order" not in str(Report("p", [joint, replace(joint, order="raster")]))
 
     def test_filtered_and_dense(self) -> None:
         report = Report("p", [FILTERED, DENSE, FILTERED])
@@ -62,6 +83,7 @@ class TestReport:
             "q",
             "x",
             "kv",
+            "tokens",
             "decision",
             "engine",
             "recall",
@@ -70,7 +92,8 @@ class TestReport:
             "why",
         ]
         assert " ".join(lines[7].split()) == (
-            "blocks.0.attn1#0 self softmax(bmm) 4096 x 8192 planned triton 0.900 0.910 0.250"
+            "blocks.0.attn1#0 self softmax(bmm) 4096 x 8192 8 x 16 x 32"
+            " planned triton 0.900 0.910 0.250"
         )
         assert lines[8].endswith("cross attention to a short context (77 keys)")
         assert lines[9].startswith("(unnamed)#1")

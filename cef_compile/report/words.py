@@ -137,7 +137,13 @@ def token_words(node: Mapping[str, Any]) -> str:
 
 def order_sentences(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     """What there is to know of the order of tokens, and to do about it."""
-    ordered = [node for node in nodes if node.get("order") == "grid" and node["kind"] != "cross"]
+    ordered = [
+        node
+        for node in nodes
+        if node.get("order") == "grid"
+        and node["kind"] != "cross"
+        and node["q_len"] == node["kv_len"]
+    ]
     unknown = sum(node.get("grid") is None for node in ordered)
     told = sum(node.get("grid_source") == "call" for node in ordered)
     sentences = []
