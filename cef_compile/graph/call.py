@@ -105,6 +105,8 @@ def _of_positions(positions: Tensor, tokens: set[int]) -> Grid | None:
 
     Waits for the device, once for a compilation.
     """
+    if positions.device.type == "meta" or type(positions) is not Tensor:
+        return None  # without numbers, or with numbers of its own kind
     rows = positions[0] if positions.dim() == 3 and len(positions) else positions
     if rows.dim() != 2 or len(rows) not in tokens or rows.shape[1] not in _POSITION_AXES:
         return None
