@@ -8,6 +8,7 @@ The first 8 frames of clip 0 at 128 x 128 pixels (2,048 tokens), noise level 0.5
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from cef_compile.kernels import reference
 
 FRAMES, SIZE, LEVEL, RECALL = 8, 128, 0.5, 0.9
 OUT = Path(__file__).parent
+QUALITY = OUT.parents[1] / "bench" / "results" / "quality-h100.json"
 COLOURS = plt.get_cmap("viridis")(torch.linspace(0, 0.9, 6).tolist())
 BLUE, ORANGE = "#3a7fc0", "#d9822b"
 
@@ -204,10 +206,38 @@ def estimate(found: list[Node]) -> None:
     save(figure, "estimate.png")
 
 
+def quality() -> None:
+    """PSNR of sampled videos against the speed of their attention, from bench/quality.py."""
+    rows = json.loads(QUALITY.read_text(encoding="utf-8"))["rows"]
+    floor, *rows = rows
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, kind, title in zip(
+        axes, ("noise", "clip"), ("videos from noise", "real clips"), strict=True
+    ):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["speed"])
+            axis.plot(
+                [row["speed"] for row in mine], [row[f"{kind}_psnr"] for row in mine],
+                marker="o", label=method,
+            )  # fmt: skip
+            for row in mine:
+                axis.annotate(
+                    f"{row['parameter']:g}", (row["speed"], row[f"{kind}_psnr"]),
+                    textcoords="offset points", xytext=(5, 4), fontsize=7, color="grey",
+                )  # fmt: skip
+        axis.axhline(floor[f"{kind}_psnr"], color="grey", linewidth=0.8, linestyle="--")
+        axis.axvline(1, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(title=title, xlabel="speed of the attention calls against cuDNN")
+    axes[0].set(ylabel="PSNR, dB (dashed: dense again)")
+    axes[0].legend(frameon=False, fontsize=8)
+    save(figure, "quality.png")
+
+
 def main() -> None:
     """All figures, and the numbers that the docs say of them."""
     matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False})
     matplotlib.rcParams["axes.spines.right"] = False
+    quality()
     found = nodes()
     for figure in (shares, curves, tile_maps, policies, estimate):
         figure(found)

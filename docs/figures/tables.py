@@ -24,6 +24,8 @@ MULTI_GPU: Final = ROOT / "bench" / "results" / "multi-gpu-h100.json"
 SCALING: Final = ROOT / "bench" / "scaling.py"
 ENGINES: Final = ROOT / "bench" / "results" / "engines-h100.json"
 EIGHT_BITS: Final = ROOT / "bench" / "results" / "eight-bits.json"
+QUALITY: Final = ROOT / "bench" / "results" / "quality-h100.json"
+CALIBRATION: Final = ROOT / "bench" / "results" / "calibration-h100.json"
 RECALLS: Final = Path(__file__).with_name("recalls.json")
 PAGES: Final = tuple(
     ROOT / page
@@ -32,6 +34,7 @@ PAGES: Final = tuple(
         "docs/kernel-design.md",
         "docs/choosing-a-recall.md",
         "docs/quality-study.md",
+        "docs/calibration.md",
         "docs/several-gpus.md",
     )
 )
@@ -256,6 +259,75 @@ def scaling(_: dict[str, Any]) -> str:
     return markdown([*header, *exchange], runpy.run_path(str(SCALING))["estimates"]())
 
 
+def learned(found: dict[str, Any]) -> str:
+    """The planned filter on learned attention."""
+    rows: Rows = found["results"]["learned"]
+    table = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        mine = [row for row in rows if row["shape"] == shape]
+        dense = next(row for row in mine if row["name"] == "cuDNN")
+        table += [
+            [f"{shape.split(' x ')[1]}, {row['name'].removeprefix('planned, ')}",
+             f"{row['target']:.2f}", f"{row['recall']:.3f}", f"{row['density']:.3f}",
+             f"{row['output_error']:.3f}", f"{dense['ms']:.2f} ms", f"{row['ms']:.2f} ms",
+             speed(row)]
+            for row in mine
+            if "target" in row
+        ]  # fmt: skip
+    header = ["tokens, order", "recall", "delivered", "density", "error of the output"]
+    return markdown([*header, "cuDNN, dense", "filtered", ""], table)
+
+
+def learned_short(found: dict[str, Any]) -> str:
+    """The same in the order that a grid gives, briefly."""
+    rows: Rows = found["results"]["learned"]
+    dense = {row["shape"]: row["ms"] for row in rows if row["name"] == "cuDNN"}
+    table = [
+        [row["shape"].split(" x ")[1], f"{row['target']:.2f}", f"{row['recall']:.3f}",
+         f"{row['density']:.3f}", f"{dense[row['shape']]:.2f} ms",
+         f"{row['ms']:.2f} ms, {speed(row)}"]
+        for row in rows
+        if row["name"] == "planned, cubes"
+    ]  # fmt: skip
+    header = ["tokens", "recall", "delivered", "density", "cuDNN, dense", "filtered"]
+    return markdown(header, table)
+
+
+def quality(_: dict[str, Any]) -> str:
+    """Methods as they ship."""
+    table = []
+    for row in json.loads(QUALITY.read_text(encoding="utf-8"))["rows"]:
+        floor = "speed" not in row
+        name = row["method"] + ("" if floor else f", {row['parameter']:g}")
+        cells = ["", ""] if floor else [f"{row['recall']:.3f}", f"{row['density']:.3f}"]
+        for kind in ("noise", "clip"):
+            cells += [f"{row[f'{kind}_{value}']:.{places}f}" for value, places in MEASURES]
+        table.append([name, *cells, "" if floor else speed(row)])
+    header = ["method", "recall", "density"]
+    header += [f"{name}, {kind}" for kind in ("noise", "clips") for name in NAMES]
+    return markdown([*header, "attention calls"], table)
+
+
+MEASURES: Final = (("psnr", 1), ("ssim", 3), ("flicker", 2))
+NAMES: Final = ("PSNR dB", "SSIM", "flicker")
+
+
+def calibration(_: dict[str, Any]) -> str:
+    """A calibrated policy on other inputs."""
+    table = []
+    for row in json.loads(CALIBRATION.read_text(encoding="utf-8"))["rows"]:
+        dense = "worst_error" not in row
+        name = row["name"] + (f", {row['recall']}" if row.get("recall") else "")
+        errors = ["", ""]
+        if not dense:
+            errors = [f"{row['calibration_error']:.4f}", f"{row['worst_error']:.4f}"]
+        table.append(
+            [name, f"{row['predicted_time']:.3f}", *errors, f"{row['step_ms']:.2f} ms", speed(row)]
+        )
+    header = ["policy", "predicted attention time", "error, calibrated on", "elsewhere, at most"]
+    return markdown([*header, "a step", ""], table)
+
+
 def _variants() -> dict[str, dict[float, dict[str, Any]]]:
     found: dict[str, dict[float, dict[str, Any]]] = {}
     for row in json.loads(VARIANTS.read_text(encoding="utf-8"))["rows"]:
@@ -319,6 +391,10 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "scaling_check": scaling_check,
     "scaling": scaling,
     "curve": curve,
+    "learned": learned,
+    "learned_short": learned_short,
+    "quality": quality,
+    "calibration": calibration,
     "variants": variants,
 }
 
