@@ -319,6 +319,7 @@ def test_what_cannot_be_calibrated_says_why() -> None:
         ({"run": 3}, TypeError, "run must be a function of a backend, got int"),
         ({"run": lambda backend: None}, ValueError, "run never called the model"),
         ({"min_kv_len": 10_000}, ValueError, "no attention node of this model can be filtered"),
+        ({"grid": (0, 16, 32)}, ValueError, "grid"),
     ):
         with pytest.raises(error, match=says):
             calibrated(**{"model": model, "run": run, **options})
@@ -345,6 +346,12 @@ def test_what_cannot_be_calibrated_says_why() -> None:
     model.blocks[1].compile()
     with pytest.raises(ValueError, match=r"before it is compiled; compiled here: blocks\.1"):
         calibrated(model)
+
+
+def test_it_measures_in_the_order_of_a_grid() -> None:
+    """Random attention needs other tiles in another order."""
+    ordered, raster = (calibrated(grid=grid).calibration for grid in ((2, 16, 16), None))
+    assert ordered.nodes != raster.nodes
 
 
 def test_it_says_when_balanced_is_better(monkeypatch) -> None:

@@ -49,6 +49,7 @@ class Lab:
         model: nn.Module,
         run: Callable[[Backend], object],
         min_kv_len: int | None,
+        grid: tuple[int, int, int] | None,
         progress: bool,
     ) -> None:
         self.model = model
@@ -57,7 +58,7 @@ class Lab:
         self._run = run
         self._watch = Watch()
         # Which nodes can be filtered at all, is Uniform's to say.
-        self._backend = Backend(Uniform(1.0), self._watch.compile, False, min_kv_len)
+        self._backend = Backend(Uniform(1.0), self._watch.compile, False, min_kv_len, grid=grid)
         self._watch.backend = self._backend
         self._compiled = torch.compile(model.forward, backend=self._backend)
 

@@ -27,6 +27,7 @@ def calibrate(
     max_error: float,
     candidates: Sequence[float] = CANDIDATES,
     min_kv_len: int | None = None,
+    grid: tuple[int, int, int] | None = None,
     time_model: TimeModel | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -50,7 +51,7 @@ def calibrate(
         max_error: the budget for the error of the model's output, all nodes filtered: root mean
             square over the calls of ``|filtered - dense| / |dense|``; in (0, 1].
         candidates: recalls to choose from, in (0, 1]; dense is one more.
-        min_kv_len: as for :func:`cef_compile.backend`.
+        min_kv_len, grid: as for :func:`cef_compile.backend`.
         time_model: predicted time by density; None for one H100's.
         checkpoint: file that keeps what has been measured. If it exists, the calibration goes on
             where it was interrupted. It also serves calibrations to another budget.
@@ -83,7 +84,7 @@ def calibrate(
     if not recalls:
         raise ValueError("candidates is empty: give at least one recall")
 
-    lab = Lab(model, run, min_kv_len, progress)
+    lab = Lab(model, run, min_kv_len, grid, progress)
     saved = Checkpoint(checkpoint)
     _Measuring(lab, saved, recalls, max_error).run()
     if lab.target.entries is None or not saved.calls:
