@@ -35,15 +35,23 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
-from cef_compile.kernels.centroids import centroids
+from cef_compile.kernels.centroids import Centroids, arrange, centroids
 from cef_compile.kernels.lists import lists, threshold
 from cef_compile.kernels.order import Layout
-from cef_compile.kernels.plan import plan, variance_factor
+from cef_compile.kernels.plan import Plan, plan, variance_factor
 from cef_compile.kernels.tuning import find_tuning
 
 HEAD_DIM = 128
 WAN = {"A14B 480p": (40, 32760), "A14B 720p": (40, 75600), "TI2V-5B 720p": (24, 27280)}
 DENSITIES = (0.2, 0.3, 0.4)
+ORDERED_DENSITY = 0.3
+LAYOUTS = {
+    "video": Layout(0, 21, 30, 52, 0),
+    "video and text": Layout(0, 21, 30, 52, 256),
+    "image and text": Layout(512, 1, 128, 128, 0),
+    "short video": Layout(0, 9, 32, 56, 0),
+}
+"""Tokens of Wan at 480p, HunyuanVideo, Flux at 2,048 pixels, and a ragged one of 16k."""
 LEARNED_GRIDS = ((16, 32, 32), (16, 32, 64), (16, 64, 64))
 """Grids of tokens that the tiny Wan runs on: 16k, 32k and 64k."""
 MEASURED_S = 0.12
@@ -319,6 +327,63 @@ def online() -> Iterator[Row]:
         )  # fmt: skip
 
 
+def order() -> Iterator[Row]:
+    """What the token order costs: with and without it, at one density for both.
+
+    Every query tile keeps as many key tiles (top-k), so that only the order is between the two.
+    """
+    numbers = control(ORDERED_DENSITY)
+    tuning = find_tuning(90, HEAD_DIM, wide=False)
+    assert tuning is not None
+    for name, layout in LAYOUTS.items():
+        q, k, v = inputs(24, layout.tokens)
+        scale = HEAD_DIM**-0.5
+        shape = f"24 x {layout.tokens} x {HEAD_DIM} ({name})"
+        base = median_ms(dense(q, k, v, SDPBackend.CUDNN_ATTENTION))
+        yield row("cuDNN", shape, base, base)
+
+        def ranks(known: Centroids, **order: object) -> Plan:
+            return plan(
+                q, known.stats, known.count, scale=scale, keep_energy=True,
+                group_tiles=tuning.plan_group, block_keys=tuning.plan_keys,
+                warps=tuning.plan_warps, stages=tuning.plan_stages, **order,
+            )  # fmt: skip
+
+        factor = variance_factor(scale)
+        plain, arranged = (
+            centroids(k, variance_factor=factor),
+            arrange(k, v, None, layout, variance_factor=factor),
+        )
+        moved = {"tokens": arranged.tokens, "exact_tiles": layout.exact_tiles}
+        pairs = {
+            "keys read": (
+                lambda: centroids(k, variance_factor=factor),
+                lambda: arrange(k, v, None, layout, variance_factor=factor),
+            ),
+            "plan": (lambda: ranks(plain), lambda: ranks(arranged.centroids, **moved)),
+            "planned": tuple(
+                lambda order=order: launch.planned(
+                    q, k, v, numbers, scale=scale, rule="top_k", layout=order
+                )
+                for order in (None, layout)
+            ),
+        }
+        for step, (without, within) in pairs.items():
+            first, second = median_ms(without), median_ms(within)
+            yield row(
+                f"order, {step}", shape, second, base, raster_ms=round(first, 4),
+                of_dense=round((second - first) / base, 4),
+            )  # fmt: skip
+        found = [
+            launch.planned(q, k, v, numbers, scale=scale, rule="top_k", layout=order).measures
+            for order in (None, layout)
+        ]
+        densities = [round(float(m[c.MEASURE_DENSITY]), 4) for m in found]
+        yield {"name": "order, densities", "shape": shape, "raster, order": densities}
+        share = (arranged.k.nbytes + arranged.v.nbytes) / (q.nbytes + k.nbytes + v.nbytes)
+        yield {"name": "order, copies", "shape": shape, "of_qkv": round(share, 4)}
+
+
 def learned() -> Iterator[Row]:
     """The planned filter on all nodes of a trained model as one, so with one threshold."""
     for grid in LEARNED_GRIDS:
@@ -361,6 +426,7 @@ SECTIONS = {
     "block_lists": block_lists,
     "parts": parts,
     "wan": wan,
+    "order": order,
     "learned": learned,
     "break_even": break_even,
     "online": online,

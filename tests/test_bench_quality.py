@@ -18,7 +18,7 @@ from cef_compile.kernels import reference
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
-from token_order import cubes, reordered  # noqa: E402
+from token_order import cubes, hilbert, morton, reordered  # noqa: E402
 from variants import BASE, plan  # noqa: E402
 
 sizes = st.integers(1, 13)
@@ -32,6 +32,24 @@ def test_an_order_by_cubes_takes_every_token_once_and_cubes_whole(grid, block) -
     cube = places[order] // torch.tensor(block)
     changes = (cube[1:] != cube[:-1]).any(-1).sum().item()
     assert changes + 1 == len(cube.unique(dim=0))
+
+
+@given(grid=st.tuples(sizes, sizes, sizes), curve=st.sampled_from([hilbert, morton]))
+def test_a_curve_takes_every_token_once(grid, curve) -> None:
+    order = curve(grid)
+    assert torch.equal(order.sort().values, torch.arange(len(order)))
+
+
+def test_a_hilbert_curve_makes_steps_of_one() -> None:
+    for edge in (2, 4, 8):
+        places = torch.cartesian_prod(*[torch.arange(edge)] * 3)[hilbert((edge, edge, edge))]
+        assert torch.all((places[1:] - places[:-1]).abs().sum(-1) == 1)
+
+
+def test_a_morton_curve_takes_one_eighth_after_the_other() -> None:
+    places = torch.cartesian_prod(*[torch.arange(8)] * 3)[morton((8, 8, 8))]
+    for eighth in places.split(64):
+        assert len((eighth // 4).unique(dim=0)) == 1
 
 
 @torch.no_grad()
@@ -96,3 +114,17 @@ def test_the_lab_ranks_as_the_library_does(seed: int, heads: int) -> None:
     best = bins == bins.amax(-1, keepdim=True)
     # Rounding may carry a rank over the edge of its bin; the library moves the best one up.
     assert ((bins - planned.bins.int()).abs() <= 1)[~best].all()
+
+
+def test_a_small_study_of_orders(tmp_path: Path) -> None:
+    out = tmp_path / "order.json"
+    small = ["--grids", "4x8x8", "--levels", "1", "--clips", "1"]
+    command = [sys.executable, str(BENCH / "order_study.py"), *small, "--out", str(out)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(out.read_text())
+    assert (
+        len(found["rows"]) == len(found["summary"]) == 2 * len({r["order"] for r in found["rows"]})
+    )
+    for row in found["summary"]:
+        assert 0 < min(row["exact"], row["planned"]) < 1
+        assert row["order"] != "raster" or row["of_raster"] == 1

@@ -150,6 +150,24 @@ def parts(found: dict[str, Any]) -> str:
     return markdown(["heads x keys x head_dim", *shapes], table)
 
 
+def order(found: dict[str, Any]) -> str:
+    """What the token order costs."""
+    rows: Rows = found["results"]["order"]
+    table = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        mine = {row["name"]: row for row in rows if row["shape"] == shape}
+        copies = f"{100 * mine['order, copies']['of_qkv']:.0f} %"
+        whole = mine["order, planned"]
+        costs = [
+            f"{100 * mine[f'order, {step}']['of_dense']:+.2f} %"
+            for step in ("keys read", "plan", "planned")
+        ]
+        times = [f"{mine['cuDNN']['ms']:.2f} ms", f"{whole['raster_ms']:.2f} ms"]
+        table.append([shape, *times, f"{whole['ms']:.2f} ms", *costs, copies])
+    header = ["heads x tokens x head_dim", "cuDNN, dense", "raster", "ordered", "keys, of dense"]
+    return markdown([*header, "plan, of dense", "all, of dense", "copies, of q, k, v"], table)
+
+
 def break_even(found: dict[str, Any]) -> str:
     """The planned filter at density .36 by length, launched and replayed."""
     rows: Rows = found["results"]["break_even"]
@@ -381,6 +399,7 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "engines": engines,
     "eight_bits": eight_bits,
     "parts": parts,
+    "order": order,
     "break_even": break_even,
     "online": online,
     "recalls": recalls,
