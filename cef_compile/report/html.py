@@ -39,6 +39,7 @@ COLUMNS: Final = (
     ("keys", "number", "key tokens"),
     ("tokens", "text", "frames x height x width of their grid, where it is known, and text"),
     ("decision", "text", "filtered, or dense and why"),
+    ("density", "number", "tiles computed / all tiles"),
     ("target", "number", "wanted recall; of a group its mean counts"),
     ("recall", "number", "achieved recall, from exact energies of a sample"),
     ("low", "number", "lower end of the 95 % interval of recall"),
@@ -46,7 +47,6 @@ COLUMNS: Final = (
     ("error", "number", "of the output: ||out - exact|| / ||exact|| over the same sample"),
     ("error low", "number", "lower end of the 95 % interval of error"),
     ("error high", "number", "upper end of the 95 % interval of error"),
-    ("density", "number", "tiles computed / all tiles"),
     ("calls", "number", "audited calls"),
 )
 """Name, type and explanation of the node table's columns."""
@@ -205,15 +205,18 @@ def _node_row(node: Mapping[str, Any], several: bool) -> str:
         _size(node["kv_len"]),
         token_words(node),
         f"filtered ({how})" if filtered else f"dense: {why}",
+        number(audit.get("density", node["density"])),
         number(audit.get("target", node["recall"])),
         number(audit.get("recall")),
         *map(number, audit.get("interval", nothing)),
         *(number(value, ERROR_DIGITS) for value in error),
-        number(audit.get("density", node["density"])),
         str(audit.get("calls", "")),
     ]
     columns = zip(COLUMNS, cells, strict=True)
-    text = "".join(f'<td class="{kind}">{html.escape(cell)}</td>' for (_, kind, _), cell in columns)
+    text = "".join(
+        f'<td class="{kind} {name.replace(" ", "-")}">{html.escape(cell)}</td>'
+        for (name, kind, _), cell in columns
+    )
     return f'<tr data-decision="{"filtered" if filtered else "dense"}">{text}</tr>'
 
 
