@@ -66,7 +66,7 @@ def trace_axes(graph: fx.Graph) -> dict[fx.Node, Origins]:
     found: dict[fx.Node, Origins] = {}
     for node in graph.nodes:
         fake = fake_value(node)
-        if isinstance(fake, Tensor):
+        if isinstance(fake, Tensor) and not fake.is_nested:
             found[node] = _origins(node, tuple(fake.shape), found)
     return found
 

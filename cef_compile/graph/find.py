@@ -156,7 +156,8 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
 
 def _layout(match: Match, node: AttentionNode, origins: Mapping[fx.Node, Origins]) -> Layout | None:
     """What the tokens of an attention are, as far as the graph shows it."""
-    if len(node.q_shape) != 4 or node.kind == "cross":
+    sources = (match.query.source, match.key.source)
+    if len(node.q_shape) != 4 or node.kind == "cross" or not origins.keys() >= {*sources}:
         return None
     query, key = (_tokens(operand, origins) for operand in (match.query, match.key))
     return find_layout(query, key, match.query.fake.shape[-2], match.key.fake.shape[-2])
