@@ -156,15 +156,16 @@ def find_sites(gm: fx.GraphModule) -> list[Site]:
 
 def _layout(match: Match, node: AttentionNode, origins: Mapping[fx.Node, Origins]) -> Layout | None:
     """What the tokens of an attention are, as far as the graph shows it."""
-    sources = (match.query.source, match.key.source)
-    if len(node.q_shape) != 4 or node.kind == "cross" or not origins.keys() >= {*sources}:
+    if len(node.q_shape) != 4 or node.kind == "cross":
         return None
     query, key = (_tokens(operand, origins) for operand in (match.query, match.key))
     return find_layout(query, key, match.query.fake.shape[-2], match.key.fake.shape[-2])
 
 
 def _tokens(operand: Operand, origins: Mapping[fx.Node, Origins]) -> Origin:
-    """The origin of an operand's axis of tokens."""
+    """The origin of an operand's axis of tokens; empty where there is none to follow."""
+    if not isinstance(operand.source, fx.Node) or operand.source not in origins:
+        return ()
     return through(origins[operand.source], fake_value(operand.source), operand.views)[-2]
 
 
