@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def fail(node: cef_compile.AttentionNode) -> float:
     raise ValueError("no opinion")
 
 
+def as_they_come(node: cef_compile.AttentionNode) -> cef_compile.Decision:
+    """What ``Balanced`` decides, with tiles cut in raster order."""
+    return replace(cef_compile.Balanced(RECALL).decide(node), order="raster")
+
+
 def sequence_parallel(rank: int, world: int) -> dict[str, Any]:
     model, inputs = build()
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=world))
@@ -113,6 +119,9 @@ def test_sequence_parallel(world: int, tmp_path: Path, fresh_dynamo: None) -> No
     with torch.no_grad():
         dense = model(**inputs)[0]
         filtered, audit = calls(torch.compile(model, backend=backend), inputs, backend)
+        torch._dynamo.reset()
+        raster = cef_compile.backend(policy=as_they_come, inner="eager")
+        in_raster, raster_audit = calls(torch.compile(model, backend=raster), inputs, raster)
 
     assert 0 < (filtered - dense).norm() / dense.norm() < 0.05
     self_attention = [f"blocks.{i}.attn1" for i in range(len(model.blocks))]
@@ -125,20 +134,21 @@ def test_sequence_parallel(world: int, tmp_path: Path, fresh_dynamo: None) -> No
                 torch.testing.assert_close(rank[name], dense, rtol=1e-5, atol=1e-5)
             nodes = [node for node in rank[f"{name} nodes"] if node.decision == "filtered"]
             assert [node.path for node in nodes] == self_attention
-            # Each rank sees the full sequence and its part of the heads.
+            # Each rank sees the full sequence, in the order of its grid, and its part of the heads.
+            assert {node.grid for node in nodes} == {(4, 16, 16)}
             assert {node.q_shape for node in nodes} == {(1, HEADS // world, 1024, 12)}
         assert rank["policy"] == cef_compile.Balanced(0.8)
         assert rank["frozen"].nodes == found[0]["frozen"].nodes
-        # A ring's rank has its part of the queries, and all keys.
-        torch.testing.assert_close(rank["ring"], filtered, rtol=1e-5, atol=1e-5)
+        # A ring's rank has its part of the queries, and all keys: their order is left alone.
+        torch.testing.assert_close(rank["ring"], in_raster, rtol=1e-5, atol=1e-5)
         shapes = {(n.q_shape, n.kv_len, n.form) for n in rank["ring nodes"]}
         assert shapes == {((1, 2 * HEADS // world, 512, 12), 1024, "ring of 2 flash_attention")}
 
-    for name in ("filtered audit", "ring audit"):
+    for name, alone in (("filtered audit", audit), ("ring audit", raster_audit)):
         gathered = found[0][name]
         assert all(rank[name] is None for rank in found[1:])
         assert [n.path for n in gathered.nodes] == self_attention
-        for whole, single in zip(gathered.nodes, audit.nodes, strict=True):
+        for whole, single in zip(gathered.nodes, alone.nodes, strict=True):
             for field in ("recall", "density", "estimate", "threshold", "target"):
                 assert getattr(whole, field) == pytest.approx(getattr(single, field), rel=1e-4)
     gathered = found[0]["filtered audit"]

@@ -20,6 +20,8 @@ from cef_compile.graph.patterns import same
 from cef_compile.graph.patterns.calls import argument, call_name, fake_value, transposition
 from cef_compile.graph.patterns.match import View, look
 
+_COLLECTIVES = "_c10d_functional."
+"""Beginning of the names of the ops that wait for other ranks: what they give has axes of ranks."""
 _JOINS = frozenset({torch.cat, torch.concat, torch.concatenate, torch.ops.aten.cat.default})
 
 
@@ -28,7 +30,7 @@ class Axis:
     """An axis of a value in the graph that cannot be traced any further.
 
     Attributes:
-        node: the value; None where it is not known.
+        node: the value; None where it is not known, as behind an exchange between ranks.
         dim: which of its axes.
         size: its size; symbolic where dynamic.
     """
@@ -84,6 +86,8 @@ def through(origins: Origins, fake: Tensor, views: Sequence[View]) -> Origins:
 
 
 def _origins(node: fx.Node, shape: tuple[Any, ...], found: dict[fx.Node, Origins]) -> Origins:
+    if str(node.target).startswith(_COLLECTIVES):
+        return tuple(((Axis(None, dim, size),),) for dim, size in enumerate(shape))
     sources = [source for source in _sources(node) if source in found]
     name = call_name(node)
     if node.op not in ("call_function", "call_method") or not sources:
@@ -199,6 +203,9 @@ def _regrouped(
             break
         if len(taken) == len(given) == 1:
             result[given[0]] = origins[taken[0]]
+        elif any(axis.node is None for i in taken for part in origins[i] for axis in part):
+            for dim in given:
+                result[dim] = ((Axis(None, dim, new[dim]),),)
         elif all(len(origins[i]) == 1 for i in taken):
             _share(tuple(axis for i in taken for axis in origins[i][0]), given, new, result)
     return tuple(result)
