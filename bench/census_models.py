@@ -75,7 +75,6 @@ WAN = {
     "num_layers": 2,
     "rope_max_seq_len": 32,
 }
-WAN_INPUTS = (1, 4, 4, 16, 16)
 
 
 def wan_inputs(channels: int = 4, text: int = 16) -> dict[str, Any]:

@@ -12,38 +12,19 @@ import argparse
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
+from learned import Inputs
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from cef_compile.demo.data import load_clip, load_model
-from cef_compile.demo.latents import unshuffle
+from cef_compile.demo.latents import tokens, unshuffle
 from cef_compile.demo.sampler import add_noise, noise_levels, sample
 from cef_compile.kernels import config as c
 from cef_compile.kernels import reference as ref
 
 FRAMES, SIZE, STEPS, STEP, NODES = 8, 128, 20, 5, 6
 RECALLS = (0.99, 0.97, 0.95, 0.9, 0.85)
-
-
-class Capture(TorchFunctionMode):
-    """Keeps q, k and v of every self attention."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            q, k, v = args[:3] if args else (kwargs[name] for name in ("query", "key", "value"))
-            if q.shape == k.shape:
-                self.calls.append((q, k, v))
-        return func(*args, **kwargs)
 
 
 def fp8(x: Tensor) -> Tensor:
@@ -96,9 +77,9 @@ def main() -> None:
     clip, text = load_clip(0, FRAMES, SIZE)
     levels = noise_levels(STEPS)[STEP : STEP + 2]
     start = add_noise(unshuffle(clip)[None], 0, float(levels[0]))
-    with Capture() as capture:
+    with Inputs(tokens(FRAMES, SIZE)) as capture:
         sample(load_model(cpu, torch.float32), start, text, levels)
-    nodes = [errors(*call) for call in capture.calls[:NODES]]
+    nodes = [errors(*call) for call in capture.found[:NODES]]
     ways = {
         way: {
             "error": round(statistics.mean(node[way]["error"] for node in nodes), 4),
@@ -106,7 +87,7 @@ def main() -> None:
         }
         for way in nodes[0]
     }
-    about = {"tokens": capture.calls[0][0].shape[2], "nodes": NODES, "level": float(levels[0])}
+    about = {"tokens": capture.found[0][0].shape[2], "nodes": NODES, "level": float(levels[0])}
     arguments.out.write_text(json.dumps({"about": about, "ways": ways}, indent=1) + "\n")
     print(json.dumps(ways, indent=1))
 

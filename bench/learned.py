@@ -15,7 +15,7 @@ from cef_compile.demo.latents import unshuffle
 from cef_compile.demo.sampler import START, add_noise
 
 
-class _Inputs(TorchFunctionMode):
+class Inputs(TorchFunctionMode):
     """Keeps the inputs of attention over so many keys."""
 
     def __init__(self, keys: int) -> None:
@@ -55,7 +55,7 @@ def inputs(
     size = (height * TOKEN_PIXELS, width * TOKEN_PIXELS)
     enlarged = F.interpolate(video.transpose(0, 1), size, mode="bicubic").transpose(0, 1)
     noisy = add_noise(unshuffle(enlarged)[None], seed=0, level=level)
-    with _Inputs(frames * height * width) as seen:
+    with Inputs(frames * height * width) as seen:
         model(
             noisy.to(device, dtype),
             torch.tensor([1000 * level], device=device),

@@ -222,9 +222,9 @@ class ModelState:
     ) -> NodeState:
         """The state of a node; the same one where a graph was compiled again for equal sizes."""
         for state in self.nodes:
-            same = state.node.key == node.key and state.variant == variant
-            same = same and state.node.grid == node.grid
-            if same and state.node.q_shape == node.q_shape and state.node.k_shape == node.k_shape:
+            known = state.node
+            same = known.key == node.key and state.variant == variant and known.grid == node.grid
+            if same and known.q_shape == node.q_shape and known.k_shape == node.k_shape:
                 return state
         self.nodes.append(NodeState(node, decision, variant, bands, self.level))
         return self.nodes[-1]

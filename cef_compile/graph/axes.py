@@ -9,6 +9,7 @@ cut, and every order gives a right result, so that a wrong guess costs speed and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,10 +51,7 @@ Origins = tuple[Origin, ...]
 
 def part_size(part: Part) -> Any:
     """Number of elements of a part."""
-    size: Any = 1
-    for axis in part:
-        size = size * axis.size
-    return size
+    return math.prod(axis.size for axis in part)
 
 
 def hint(size: Any) -> int:
@@ -95,7 +93,7 @@ def _origins(node: fx.Node, shape: tuple[Any, ...], found: dict[fx.Node, Origins
     if name in ("transpose", "permute"):
         return _moved(found[sources[0]], *transposition(node))
     first = fake_value(sources[0])
-    if name == "view" and len(sources) == 1 and same(first.numel(), _product(shape)):
+    if name == "view" and len(sources) == 1 and same(first.numel(), math.prod(shape)):
         return _regrouped(found[sources[0]], tuple(first.shape), shape, node)
     carried = tuple(
         _carried(node, dim, size, shape, sources, found) for dim, size in enumerate(shape)
@@ -159,7 +157,7 @@ def _run(origin: Origin, size: Any) -> Origin:
         origin[start:end]
         for start in range(len(origin))
         for end in range(start + 1, len(origin) + 1)
-        if same(_sum(part_size(part) for part in origin[start:end]), size)
+        if same(sum(map(part_size, origin[start:end])), size)
     ]
     return runs[0] if len(runs) == 1 and len(origin) > 1 else ()
 
@@ -220,17 +218,3 @@ def _share(part: Part, given: list[int], new: tuple[Any, ...], result: list[Orig
                 break
         else:
             return
-
-
-def _product(sizes: Sequence[Any]) -> Any:
-    product: Any = 1
-    for size in sizes:
-        product = product * size
-    return product
-
-
-def _sum(sizes: Iterator[Any]) -> Any:
-    total: Any = 0
-    for size in sizes:
-        total = total + size
-    return total

@@ -132,7 +132,7 @@ def _alike(one: Origin, other: Origin) -> bool:
 
 def _adds_up(origin: Origin, length: Any) -> bool:
     """Whether the parts are known to have ``length`` tokens together, whatever the sizes are."""
-    total = sum((part_size(part) for part in origin), 0)
+    total = sum(map(part_size, origin))
     if isinstance(total, int) or isinstance(length, int):
         return same(total, length)
     if not isinstance(total, torch.SymInt):

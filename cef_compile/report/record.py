@@ -157,10 +157,7 @@ def check(data: Any) -> dict[str, Any]:
     record.setdefault("environment", None)
     _fields({"page": record.get("page", {})}, {"page": (dict,)}, "the file")
     record["page"] = {**PAGE, **record.get("page", {})}
-    lists: dict[str, tuple[type, ...]] = dict.fromkeys(
-        ("unmatched_rules", "breaks", "passes", "tile_maps"), (list,)
-    )
-    _fields(record, {**lists, "environment": (dict, type(None))}, "the file")
+    _fields(record, RECORD_FIELDS, "the file")
     _fields(record["page"], PAGE_FIELDS, "page")
     for i, found in enumerate(record["breaks"]):
         _fields(found, BREAK_FIELDS, f"breaks[{i}]")
