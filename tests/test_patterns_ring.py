@@ -156,12 +156,38 @@ def stale_lse(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor):
     return out - F.sigmoid(other_lse - lse) * (out - other), lse
 
 
+def other_difference(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor):
+    merged = out - F.sigmoid(other_lse - lse) * (2 * out - other)
+    return merged, lse - F.logsigmoid(lse - other_lse)
+
+
+def foreign_lse(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor):
+    """Of the form of a merged one, of numbers that are no attention's."""
+    one = torch.ones_like(other_lse)
+    strange = one - F.logsigmoid(one - 2 * one)
+    return out - F.sigmoid(strange - lse) * (out - other), lse - F.logsigmoid(lse - other_lse)
+
+
+def other_function(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor):
+    merged = out - F.sigmoid(other_lse - lse) * (out - other)
+    return merged, lse - F.softplus(lse - other_lse)
+
+
+def other_start(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor):
+    merged = out - F.sigmoid(other_lse - lse) * (out - other)
+    return merged, lse - F.logsigmoid(2 * lse - other_lse)
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
         ({"merge": wrong_sign}, 2),
         ({"merge": other_weight}, 2),
+        ({"merge": other_difference}, 2),
+        ({"merge": foreign_lse}, 2),
         ({"merge": stale_lse}, 3),
+        ({"merge": other_function}, 3),
+        ({"merge": other_start}, 3),
         ({"return_lse": True}, 2),
     ],
 )
@@ -178,6 +204,36 @@ def test_what_merges_otherwise_stays_dense(options: dict, parts: int) -> None:
         torch.testing.assert_close(torch.compile(function, backend=backend)(), function())
     assert {node.reason for node in backend.report.nodes} <= {str(Reason.PARTIAL)}
     assert sum(node.form == "flash_attention_for_cpu" for node in backend.report.nodes) >= parts - 1
+
+
+def test_a_gate_of_other_things_is_left_alone() -> None:
+    """Of the form of a merge, without an attention behind it."""
+
+    def gate(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return a - F.sigmoid(d - c) * (a - b)
+
+    values = [heads(64, seed=seed) for seed in range(2)]
+    weights = [heads(64, seed=seed)[..., :1] for seed in (2, 3)]
+    backend = cef_compile.backend(policy=lambda node: 1.0, inner="eager", min_kv_len=0)
+    with torch.no_grad(), pytest.warns(UserWarning, match="found no attention"):
+        out = torch.compile(gate, backend=backend)(*values, *weights)
+    torch.testing.assert_close(out, gate(*values, *weights))
+    assert backend.report.nodes == []
+
+
+def test_weights_of_another_axis_merge_nothing() -> None:
+    """Where all sizes are equal, rows' log-sum-exps broadcast along the wrong axis."""
+    q, *shards = (torch.randn(1, 16, 16, 16, generator=torch.manual_seed(i)) for i in range(5))
+
+    def function() -> Tensor:
+        out, lse = FLASH(q, *shards[:2])
+        other, other_lse = FLASH(q, *shards[2:])
+        return merge(out, lse, other, other_lse)[0]
+
+    backend = cef_compile.backend(policy=lambda node: 1.0, inner="eager", min_kv_len=0)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(function, backend=backend)(), function())
+    assert [node.reason for node in backend.report.nodes] == [str(Reason.PARTIAL)] * 2
 
 
 @pytest.mark.parametrize(
