@@ -82,7 +82,7 @@ ORDERS: dict[str, tuple[Order, Order]] = {
 }
 """By name: the order of queries and that of keys."""
 QUALITY_ORDERS = ("raster", "4x4x4", "8x4x2", "16x2x2", "Morton", "Hilbert")
-"""Those that whole videos are sampled in: queries and keys in one order."""
+"""Those that whole videos can be sampled in: queries and keys in one order."""
 QUALITY_RECALLS = (0.95, 0.9, 0.86)
 
 
@@ -150,9 +150,9 @@ def qualities(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     given.raster = True
     study = Study(given)
     side = given.size // 8
-    for name in QUALITY_ORDERS:
+    for name in given.orders:
         order = ORDERS[name][0]((given.frames, side, side)).to(study.device)
-        for recall in QUALITY_RECALLS:
+        for recall in given.recalls:
             with reordered(study.model, order):
                 yield {"order": name, **study.row("planned, balanced", recall, 1.0)}
 
@@ -229,6 +229,8 @@ def main() -> None:
     parser.add_argument("--grids", nargs="+", type=parse_grid, default=list(GRIDS))
     parser.add_argument("--levels", type=int, default=len(LEVELS), help="how many noise levels")
     parser.add_argument("--quality", action="store_true", help="sample videos too")
+    parser.add_argument("--orders", nargs="+", choices=QUALITY_ORDERS, default=QUALITY_ORDERS)
+    parser.add_argument("--recalls", nargs="+", type=float, default=QUALITY_RECALLS)
     add_setting(parser)
     parser.add_argument("--dense-above", type=float, default=1.0, help="noise level of warm-up")
     parser.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
