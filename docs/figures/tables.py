@@ -43,6 +43,7 @@ DEFAULT_VARIANT: Final = "first pass dense"
 PLACE: Final = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ELSEWHERE: Final = "models"
 """The table that bench/census.py makes."""
+DENSE: Final = ("cuDNN", "FlashAttention-2", "FlashAttention-4")
 Rows = list[dict[str, Any]]
 
 
@@ -55,6 +56,18 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def speed(row: dict[str, Any]) -> str:
     """Against cuDNN."""
     return f"{row['speed']:.2f}x"
+
+
+def dense_header(rows: Rows) -> list[str]:
+    """The dense attentions that were measured."""
+    names = {row["name"] for row in rows}
+    return [f"{name}, dense" for name in DENSE if name in names]
+
+
+def dense_times(rows: Rows, shape: str, form: str = ".2f") -> list[str]:
+    """Their times at a shape."""
+    mine = {row["name"]: row for row in rows if row["shape"] == shape}
+    return [f"{mine[name]['ms']:{form}} ms" for name in DENSE if name in mine]
 
 
 def about(found: dict[str, Any]) -> str:
@@ -74,10 +87,11 @@ def wan(found: dict[str, Any]) -> str:
         heads, keys, _, model, size = _shape(dense["shape"])
         mine = [r for r in rows if r["shape"] == dense["shape"] and r["name"] == "planned"]
         cells = [f"{r['ms']:.1f} ms, {speed(r)}" for r in mine]
-        table.append([f"{model} {size}", heads, keys, f"{dense['ms']:.1f} ms", *cells])
+        times = dense_times(rows, dense["shape"], ".1f")
+        table.append([f"{model} {size}", heads, keys, *times, *cells])
     densities = sorted({round(r["density"], 1) for r in rows if r["name"] == "planned"})
-    header = ["Wan 2.2", "heads", "keys", "cuDNN, dense", *(f"density {d}" for d in densities)]
-    return markdown(header, table)
+    header = ["Wan 2.2", "heads", "keys", *dense_header(rows)]
+    return markdown([*header, *(f"density {d}" for d in densities)], table)
 
 
 def _shape(text: str) -> tuple[str, str, str, str, str]:
@@ -88,21 +102,6 @@ def _shape(text: str) -> tuple[str, str, str, str, str]:
     return heads, keys, dim, model, size
 
 
-def block_lists(found: dict[str, Any]) -> str:
-    """Attention over given lists, without the choosing."""
-    rows: Rows = found["results"]["block_lists"]
-    table = []
-    for shape in dict.fromkeys(row["shape"] for row in rows):
-        mine = [row for row in rows if row["shape"] == shape]
-        lists = [speed(row) for row in mine if row["name"] == "block list"]
-        dense = next(row for row in mine if row["name"] == "cuDNN")
-        flash = next(row for row in mine if row["name"] == "FlashAttention-2")
-        table.append([shape, f"{dense['ms']:.2f} ms", speed(flash), *lists])
-    header = ["heads x keys x head_dim", "cuDNN, dense", "FlashAttention-2, dense"]
-    densities = [row["density"] for row in rows if row["name"] == "block list"][:4]
-    return markdown([*header, *(f"density {d:.2f}" for d in densities)], table)
-
-
 def engines(_: dict[str, Any]) -> str:
     """Engines of the attention over lists, each density in each run of the bench."""
     rows: Rows = json.loads(ENGINES.read_text(encoding="utf-8"))["results"]
@@ -111,12 +110,16 @@ def engines(_: dict[str, Any]) -> str:
     for key in dict.fromkeys(map(_of_engine, rows)):
         mine = {r["density"]: r for r in rows if _of_engine(r) == key}
         shape, run, engine, keys = key
-        name = engine if engine == "cuDNN" else f"{engine}, lists of {keys} keys"
+        place = shape if run is None else f"{shape}, run {run}"
+        name = engine if keys is None else f"{engine}, lists of {keys} keys"
         cells = [
             f"{mine[d]['ms']:.2f} ms, {speed(mine[d])}" if d in mine else "" for d in densities
         ]
-        table.append([f"{shape}, run {run}: {name}", *cells])
-    return markdown(["", *(d if d == "uneven" else f"density {d:.2f}" for d in densities)], table)
+        errors = [row["error"] for row in mine.values() if "error" in row]
+        worst = f"{max(errors):.1e}" if errors else ""
+        table.append([f"{place}: {name}", *cells, worst])
+    header = [d if d == "uneven" else f"density {d:.2f}" for d in densities]
+    return markdown(["", *header, "largest error"], table)
 
 
 def eight_bits(_: dict[str, Any]) -> str:
@@ -131,7 +134,7 @@ def eight_bits(_: dict[str, Any]) -> str:
 
 
 def _of_engine(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["shape"], row.get("run", 1), row["engine"], row["tile_keys"]
+    return row["shape"], row.get("run"), row["engine"], row["tile_keys"]
 
 
 def parts(found: dict[str, Any]) -> str:
@@ -156,35 +159,44 @@ def order(found: dict[str, Any]) -> str:
     table = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         mine = {row["name"]: row for row in rows if row["shape"] == shape}
+        ways = [mine[f"planned, {way}"] for way in ("raster", "cubes")]
+        more = (ways[1]["ms"] - ways[0]["ms"]) / mine["cuDNN"]["ms"]
+        steps = [mine[f"order, {step}"]["of_dense"] for step in ("keys read", "plan")]
+        times = [f"{way['ms']:.2f} ms, {way['density']:.2f}" for way in ways]
+        costs = [f"{100 * cost:+.2f} %" for cost in (*steps, more)]
         copies = f"{100 * mine['order, copies']['of_qkv']:.0f} %"
-        whole = mine["order, planned"]
-        costs = [
-            f"{100 * mine[f'order, {step}']['of_dense']:+.2f} %"
-            for step in ("keys read", "plan", "planned")
-        ]
-        times = [f"{mine['cuDNN']['ms']:.2f} ms", f"{whole['raster_ms']:.2f} ms"]
-        table.append([shape, *times, f"{whole['ms']:.2f} ms", *costs, copies])
-    header = ["heads x tokens x head_dim", "cuDNN, dense", "raster", "ordered", "keys, of dense"]
-    return markdown([*header, "plan, of dense", "all, of dense", "copies, of q, k, v"], table)
+        table.append([shape, *dense_times(rows, shape), *times, *costs, copies])
+    header = ["heads x tokens x head_dim", *dense_header(rows), "raster, density"]
+    costs = [f"{step}, of dense" for step in ("keys", "plan", "all")]
+    return markdown([*header, "ordered, density", *costs, "copies, of q, k, v"], table)
 
 
 def break_even(found: dict[str, Any]) -> str:
     """The planned filter at density .36 by length, launched and replayed."""
     rows: Rows = found["results"]["break_even"]
     table = []
-    for launched, replayed in zip(rows[::2], rows[1::2], strict=True):
-        keys = launched["shape"].split(" x ")[1]
-        table.append([keys, f"{launched['ms']:.2f} ms", speed(launched), speed(replayed)])
-    return markdown(["keys", "planned", "against cuDNN", "both in CUDA graphs"], table)
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        mine = {row["name"]: row for row in rows if row["shape"] == shape}
+        launched, replayed = mine["planned"], mine["planned, CUDA graphs"]
+        times = [*dense_times(rows, shape), f"{launched['ms']:.2f} ms"]
+        table.append([shape.split(" x ")[1], *times, speed(launched), speed(replayed)])
+    header = ["keys", *dense_header(rows), "planned", "against cuDNN"]
+    return markdown([*header, "both in CUDA graphs"], table)
 
 
 def online(found: dict[str, Any]) -> str:
     """The online filter."""
     rows: Rows = found["results"]["online"]
     table = [
+        [f"{row['name']}, dense", "", "", f"{row['ms']:.1f} ms", speed(row)]
+        for row in rows
+        if row["name"] in DENSE
+    ]
+    table += [
         [row["name"].removeprefix("online, "), f"{row['density']:.2f}", f"{row['recall']:.3f}",
          f"{row['ms']:.1f} ms", speed(row)]
         for row in rows
+        if row["name"] not in DENSE
     ]  # fmt: skip
     return markdown(["online", "density", "recall", "time", "against cuDNN"], table)
 
@@ -280,20 +292,16 @@ def scaling(_: dict[str, Any]) -> str:
 def learned(found: dict[str, Any]) -> str:
     """The planned filter on learned attention."""
     rows: Rows = found["results"]["learned"]
-    table = []
-    for shape in dict.fromkeys(row["shape"] for row in rows):
-        mine = [row for row in rows if row["shape"] == shape]
-        dense = next(row for row in mine if row["name"] == "cuDNN")
-        table += [
-            [f"{shape.split(' x ')[1]}, {row['name'].removeprefix('planned, ')}",
-             f"{row['target']:.2f}", f"{row['recall']:.3f}", f"{row['density']:.3f}",
-             f"{row['output_error']:.3f}", f"{dense['ms']:.2f} ms", f"{row['ms']:.2f} ms",
-             speed(row)]
-            for row in mine
-            if "target" in row
-        ]  # fmt: skip
+    table = [
+        [f"{row['shape'].split(' x ')[1]}, {row['name'].removeprefix('planned, ')}",
+         f"{row['target']:.2f}", f"{row['recall']:.3f}", f"{row['density']:.3f}",
+         f"{row['output_error']:.3f}", *dense_times(rows, row["shape"]), f"{row['ms']:.2f} ms",
+         speed(row)]
+        for row in rows
+        if "target" in row
+    ]  # fmt: skip
     header = ["tokens, order", "recall", "delivered", "density", "error of the output"]
-    return markdown([*header, "cuDNN, dense", "filtered", ""], table)
+    return markdown([*header, *dense_header(rows), "filtered", ""], table)
 
 
 def learned_short(found: dict[str, Any]) -> str:
@@ -395,7 +403,6 @@ def _gain(ruler: dict[float, dict[str, Any]], row: dict[str, Any], kind: str) ->
 TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "about": about,
     "wan": wan,
-    "block_lists": block_lists,
     "engines": engines,
     "eight_bits": eight_bits,
     "parts": parts,
