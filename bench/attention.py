@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +38,15 @@ from measure import (
     card,
     dense,
     error,
+    flusher,
     inputs,
     median_ms,
     over_lists,
     row,
 )
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
@@ -62,6 +67,8 @@ LAYOUTS = {
 """Tokens of Wan at 480p, HunyuanVideo, Flux at 2,048 pixels, and a ragged one of 16k."""
 LEARNED_GRIDS = ((16, 32, 32), (16, 32, 64), (16, 64, 64))
 """Grids of tokens that the tiny Wan runs on: 16k, 32k and 64k."""
+SHORT_GRID, SHORT_HEADS, SHORT_RECALL = (16, 32, 32), (3, 6, 12, 18), 0.9
+"""What a call of the demo's model is, and of models with more heads."""
 
 
 def control(target: float, log2_threshold: float | None = None) -> Tensor:
@@ -230,6 +237,44 @@ def break_even() -> Iterator[Row]:
         yield in_graphs(line, qkv, numbers)[0]
 
 
+def kernels(graph: torch.cuda.CUDAGraph, shape: str) -> Iterator[Row]:
+    """Microseconds of each kernel of a replay, with nothing in the L2; kernels of a name summed."""
+    flush = flusher()
+    for _ in range(2):  # the first starts the profiler
+        flush.zero_()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            graph.replay()
+            torch.cuda.synchronize()
+    times: Counter[str] = Counter()
+    for event in seen.key_averages():
+        if event.device_type == DeviceType.CUDA:
+            name = re.sub(r"^void |\(anonymous namespace\)::", "", event.key)
+            times[re.split(r"[<(]", name)[0].split("::")[-1].strip()] += (
+                event.self_device_time_total
+            )
+    for name, us in times.most_common():
+        yield {"name": f"kernel {name}", "shape": shape, "us": round(us, 2)}
+
+
+def short() -> Iterator[Row]:
+    """The planned filter on few heads of a trained model, where steps other than attention show."""
+    layout, numbers = Layout(0, *SHORT_GRID, 0), control(SHORT_RECALL)
+    nodes = learned_inputs(SHORT_GRID, torch.device("cuda"))
+    for heads in SHORT_HEADS:
+        # In memory as a node of so many heads has them.
+        qkv = [t[:, :heads].transpose(1, 2).contiguous().transpose(1, 2) for t in nodes]
+        shape = f"{heads} x {layout.tokens} x {qkv[0].shape[3]}"
+        base, found = anchors(shape, *qkv)
+        yield from found
+        line = filtered("planned", shape, base, qkv, numbers, layout=layout)
+        replayed, graph = in_graphs(line, qkv, numbers, layout)
+        for each in (line, replayed):
+            yield {**each, "heads": heads, "target": SHORT_RECALL}
+        if heads == SHORT_HEADS[0]:
+            yield from kernels(graph, shape)
+
+
 def online() -> Iterator[Row]:
     """The online filter, by threshold, and under a certificate."""
     qkv = inputs(24, 32256)
@@ -319,6 +364,7 @@ SECTIONS = {
     "order": order,
     "learned": learned,
     "break_even": break_even,
+    "short": short,
     "online": online,
 }
 

@@ -184,6 +184,26 @@ def break_even(found: dict[str, Any]) -> str:
     return markdown([*header, "both in CUDA graphs"], table)
 
 
+def short(found: dict[str, Any]) -> str:
+    """The planned filter on few heads, in CUDA graphs."""
+    rows: Rows = found["results"]["short"]
+    table = [
+        [str(row["heads"]), f"{row['cudnn_ms']:.3f} ms", f"{row['ms']:.3f} ms", speed(row),
+         f"{row['recall']:.3f}", f"{row['density']:.3f}", f"{row['output_error']:.3f}"]
+        for row in rows
+        if row["name"] == "planned, CUDA graphs"
+    ]  # fmt: skip
+    header = ["heads", "cuDNN, dense", "planned", "against cuDNN", "delivered", "density"]
+    return markdown([*header, "error of the output"], table)
+
+
+def short_kernels(found: dict[str, Any]) -> str:
+    """Its kernels, with the fewest heads."""
+    rows: Rows = [row for row in found["results"]["short"] if "us" in row]
+    table = [[f"`{row['name'].removeprefix('kernel ')}`", f"{row['us']:.1f} µs"] for row in rows]
+    return markdown([f"kernel, {rows[0]['shape']}", "time"], table)
+
+
 def online(found: dict[str, Any]) -> str:
     """The online filter."""
     rows: Rows = found["results"]["online"]
@@ -408,6 +428,8 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "parts": parts,
     "order": order,
     "break_even": break_even,
+    "short": short,
+    "short_kernels": short_kernels,
     "online": online,
     "recalls": recalls,
     "end_to_end": end_to_end,
