@@ -86,7 +86,9 @@ def join(prefix: str, path: str) -> str:
 
 
 def _spell(variant: tuple[Any, ...]) -> str:
-    return "/".join(str(part) for part in variant[:3])
+    filter_, rule, certify, bound, compensate, order = variant
+    flags = [name for name, on in (("bound", bound), ("compensate", compensate)) if on]
+    return "/".join([filter_, rule, certify, *flags, order])
 
 
 def _check_min_kv_len(value: Any) -> int | None:

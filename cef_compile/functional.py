@@ -20,7 +20,8 @@ class AttentionStats:
     Attributes:
         recall: achieved recall, mean over the query tiles that were looked at.
         interval: its 95 % interval.
-        estimate: recall by the filter's own account.
+        estimate: recall by the filter's own account: an estimate for "planned", exact for "online",
+            a lower bound with ``bound=True``.
         density: kept tiles / visible tiles.
         threshold: share at which a tile was kept; NaN where the rule has none.
         error: relative error of the output, ``||out - exact|| / ||exact||``, over the same tiles.
@@ -50,6 +51,7 @@ def attention(
     filter: str = "planned",
     rule: str = "",
     certify: str = "",
+    bound: bool = False,
     threshold: float | None = None,
     density: float | None = None,
     compensate: bool = False,
@@ -69,7 +71,7 @@ def attention(
         scale: factor of the scores; None for ``head_dim ** -0.5``.
         enable_gqa: allow H to be a multiple of Hk.
         recall: wanted share of the attention energy, mean over all rows, in (0, 1].
-        filter, rule, certify, threshold, density, compensate: see :class:`Decision`.
+        filter, rule, certify, bound, threshold, density, compensate: see :class:`Decision`.
         grid: (frames, height, width) of the tokens of a video or image (1 frame), in raster order.
             Tiles are then cut as cubes of the grid, which need fewer of them for the same recall;
             the result is what it would be otherwise, up to which tiles are dropped.
@@ -107,6 +109,7 @@ def attention(
         filter,
         rule,
         certify,
+        bound=bound,
         threshold=threshold,
         density=density,
         compensate=compensate,

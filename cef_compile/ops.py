@@ -50,8 +50,9 @@ class Measures:
 
     Attributes:
         density: kept tiles / visible tiles.
-        estimate: recall by the filter's own account: an estimate for "planned", exact for "online".
-        recall: audited recall; NaN where the call was not audited.
+        estimate: recall by the filter's own account: an estimate for "planned", exact for "online",
+            a lower bound where that bounds energies.
+        recall: audited recall; NaN where the call was not audited. An exact ledger needs no audit.
         stderr: standard error of ``recall``.
         threshold: share at which a tile is kept; NaN where the rule has none.
         error: audited relative error of the output, ``||out - exact|| / ||exact||`` over the
@@ -312,6 +313,7 @@ def _attention(
     filter: str,
     rule: str,
     certify: str,
+    bound: bool,
     compensate: bool,
     layout: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -333,7 +335,7 @@ def _attention(
     if filter == "planned":
         options |= {"compensate": compensate}
     else:
-        options |= {"certify": certify}
+        options |= {"certify": certify, "bound": bound}
     result = getattr(_kernels(q), filter)(q, k, v, control, **options)
     return result.out, result.histogram, result.measures
 
@@ -353,6 +355,7 @@ def _(
     filter: str,
     rule: str,
     certify: str,
+    bound: bool,
     compensate: bool,
     layout: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,6 +43,7 @@ options = st.sampled_from(
         {"filter": "online", "rule": "lse"},
         {"filter": "online", "rule": "max"},
         {"filter": "online", "certify": "none"},
+        {"filter": "online", "bound": True},
     ]
 )
 
@@ -171,6 +172,21 @@ class TestFilters:
         assert stats.recall >= recall - 1e-6  # float32 holds both
         assert stats.interval == (stats.recall, stats.recall)
 
+    @given(case=cases(), recall=RECALLS)
+    def test_online_by_bounds_is_certified_and_audited(self, case: Case, recall: float) -> None:
+        x = case.make()
+        out, stats = call(x, recall=recall, filter="online", bound=True, return_stats=True)
+        wanted = ref.online(x.q, x.k, x.v, control(recall), **x.options, bound=True)
+        assert torch.equal(out, wanted.out)
+        assert stats.estimate == wanted.measures[c.MEASURE_ESTIMATE].item()
+        # The recall is measured, since the ledger does not know it; float32 holds both.
+        got = achieved(wanted.lse, oracle(x))
+        got = got[~got.isnan()]
+        mean = got.mean().item() if got.numel() else 1.0
+        assert stats.recall == pytest.approx(mean, abs=1e-6)
+        assert stats.recall >= stats.estimate - 1e-6
+        assert stats.estimate >= recall - 1e-6
+
     def test_stats(self) -> None:
         x = Case(q_len=128 * 80, kv_len=577, family="banded").make(torch.float32)
         out, stats = attention(x.q, x.k, x.v, recall=0.8, return_stats=True)
@@ -263,6 +279,7 @@ ERRORS = [
     (TypeError, {"scale": "a"}, "scale must be a number, got str 'a'"),
     (TypeError, {"recall": None}, "recall must be a number.*NoneType"),
     (TypeError, {"compensate": "yes"}, "compensate must be True or False, got 'yes'"),
+    (TypeError, {"filter": "online", "bound": 1}, "bound must be True or False, got 1"),
     (TypeError, {"attn_mask": [True]}, "attn_mask must be a tensor or None, got list"),
     (ValueError, {name: t.long() for name, t in GIVEN.items()}, "dtype.*int64"),
     (ValueError, {"attn_mask": torch.zeros(2, 1, 1, 257)}, "float mask.*Pass a boolean mask"),
@@ -299,6 +316,7 @@ ERRORS = [
     (ValueError, {"filter": "dense"}, "filter must be one of.*'dense'"),
     (ValueError, {"rule": "lse"}, "rule must be one of.*'lse'"),
     (ValueError, {"certify": "row"}, "certify='row' needs filter='online'"),
+    (ValueError, {"bound": True}, "bound=True needs filter='online', got filter='planned'"),
     (ValueError, {"filter": "online", "certify": "x"}, "certify must be one of.*'x'"),
     (ValueError, {"threshold": 0}, r"threshold must be in \(0, 1\], got 0"),
     (ValueError, {"rule": "top_k"}, "density go together"),
@@ -389,6 +407,7 @@ DECISIONS = {
     "online": Decision(0.8, "online"),
     "row": Decision(0.8, "online", certify="row"),
     "lse": Decision(0.8, "online", rule="lse"),
+    "bound": Decision(0.8, "online", bound=True),
 }
 by_phase = pytest.mark.parametrize("phase", list(ops.Phase), ids=lambda phase: phase.name)
 by_decision = pytest.mark.parametrize("name", DECISIONS)

@@ -63,11 +63,14 @@ def context(length: int, kind: str = "cross") -> AttentionNode:
 class TestDecision:
     def test_defaults(self) -> None:
         decision = Decision(0.9)
-        assert decision.variant == ("planned", "threshold", "none", False, "grid")
+        assert decision.variant == ("planned", "threshold", "none", False, False, "grid")
         assert not decision.is_dense
         assert decision.reason is None
         assert decision.log2_threshold is None
-        assert Decision(0.9, filter="online").variant == ("online", "share", "mean", False, "grid")
+        online = Decision(0.9, filter="online")
+        assert online.variant == ("online", "share", "mean", False, False, "grid")
+        bounded = Decision(0.9, filter="online", bound=True)
+        assert bounded.options == ("online", "share", "mean", True, False)
         assert Decision(0.9, filter="online", rule="lse").certify == "none"
         assert Decision(1).recall == 1.0
         assert isinstance(Decision(1).recall, float)
@@ -129,6 +132,7 @@ class TestDecision:
                 "rule='top_k' has no threshold, got 0.1",
             ),
             ({"filter": "online", "compensate": True}, "compensate=True needs filter='planned'"),
+            ({"bound": True}, "bound=True needs filter='online', got filter='planned': a plan"),
             ({"rule": "top_p", "group": "a"}, "a group shares one threshold.*'top_p'"),
             ({"filter": "online", "group": "a"}, "a group shares one threshold.*'share'"),
         ],
@@ -137,23 +141,35 @@ class TestDecision:
         with pytest.raises(ValueError, match=says):
             Decision(0.9, **given_)
 
+    @pytest.mark.parametrize("name", ["bound", "compensate"])
+    @pytest.mark.parametrize("value", ["yes", 1, None], ids=str)
+    def test_no_flag(self, name: str, value: Any) -> None:
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got {value!r}"):
+            Decision(0.9, **{name: value})
+
+    def test_a_dense_decision_has_no_bound(self) -> None:
+        with pytest.raises(ValueError, match="bound=True needs filter='online'"):
+            Decision(None, bound=True)
+
     @given(
         filter_=st.sampled_from(sorted(FILTER_RULES)),
         rule=st.sampled_from(["", *(r for rules in FILTER_RULES.values() for r in rules)]),
         certify=st.sampled_from(["", *CERTIFICATES]),
         threshold=st.none() | st.just(0.1),
         density=st.none() | st.just(0.5),
+        bound=st.booleans(),
         compensate=st.booleans(),
         group=st.none() | st.just("a"),
     )
     def test_is_made_exactly_where_nothing_contradicts(
-        self, filter_, rule, certify, threshold, density, compensate, group
+        self, filter_, rule, certify, bound, threshold, density, compensate, group
     ) -> None:
         online = filter_ == "online"
         resolved = rule or FILTER_RULES[filter_][0]
         fine = (
             resolved in FILTER_RULES[filter_]
             and (online or certify in ("", "none"))
+            and (online or not bound)
             and (threshold is None or resolved not in ("top_k", "top_p"))
             and (density is not None) == (resolved == "top_k")
             and not (compensate and online)
@@ -162,11 +178,12 @@ class TestDecision:
         more = {"threshold": threshold, "density": density, "compensate": compensate}
         if not fine:
             with pytest.raises(ValueError, match=r"must|needs|has no|go together|shares"):
-                Decision(0.9, filter_, rule, certify, group=group, **more)
+                Decision(0.9, filter_, rule, certify, bound, group=group, **more)
             return
-        decision = Decision(0.9, filter_, rule, certify, group=group, **more)
+        decision = Decision(0.9, filter_, rule, certify, bound, group=group, **more)
         default = "mean" if online and resolved == "share" else "none"
-        assert decision.variant == (filter_, resolved, certify or default, compensate, "grid")
+        options = (filter_, resolved, certify or default, bound, compensate)
+        assert decision.variant == (*options, "grid")
 
     def test_dense(self) -> None:
         decision = Decision.dense(Reason.CAUSAL, "because")
@@ -302,6 +319,8 @@ class TestUniformAndBalanced:
         assert Uniform(0.9).decide(NODE) == Decision(0.9)
         online = Uniform(0.9, filter="online", certify="row").decide(NODE)
         assert online == Decision(0.9, filter="online", certify="row")
+        bounded = Uniform(0.9, filter="online", bound=True).decide(NODE)
+        assert bounded == Decision(0.9, filter="online", certify="mean", bound=True)
 
     def test_balanced_nodes_share_one(self) -> None:
         decision = Balanced(0.9).decide(NODE)
@@ -312,6 +331,8 @@ class TestUniformAndBalanced:
     def test_uniform_takes_no_contradiction(self) -> None:
         with pytest.raises(ValueError, match="needs filter='online'"):
             Uniform(0.9, certify="row")
+        with pytest.raises(ValueError, match="bound=True needs filter='online'"):
+            Uniform(0.9, bound=True)
         with pytest.raises(ValueError, match="filter must be one of"):
             Uniform(0.9, filter="none")
 

@@ -64,6 +64,7 @@ def decisions(draw: st.DrawFn) -> Decision:
         filter_,
         rule,
         "none" if planned else draw(st.sampled_from(CERTIFICATES)),
+        not planned and draw(st.booleans()),
         threshold=None if ranked else draw(st.none() | FRACTIONS),
         density=draw(FRACTIONS) if rule == "top_k" else None,
         compensate=planned and draw(st.booleans()),
@@ -73,7 +74,7 @@ def decisions(draw: st.DrawFn) -> Decision:
 
 
 uniforms = st.builds(Uniform, FRACTIONS) | st.builds(
-    Uniform, FRACTIONS, st.just("online"), st.sampled_from(["", *CERTIFICATES])
+    Uniform, FRACTIONS, st.just("online"), st.sampled_from(["", *CERTIFICATES]), st.booleans()
 )
 simple = st.none() | FRACTIONS | decisions() | uniforms | st.builds(Balanced, FRACTIONS)
 patterns = PATHS | st.sampled_from(["*", "blocks.*", r"re:blocks\.\d+\.attn1", "[ab]*"])
@@ -185,7 +186,8 @@ EXAMPLES = {
             "blocks.*": 0.9,
             r"re:.*\d": Decision(0.8, rule="top_k", density=0.5),
             "*": Schedule({0.5: Balanced(0.95), 0.0: Rules({"a": 0.5})}),
-            "b": Uniform(0.9, "online", "row"),
+            "b": Uniform(0.9, "online", "row", True),
+            "c": Decision(0.9, "online", bound=True),
         }
     ),
     "balanced": Balanced(0.95),
@@ -229,6 +231,8 @@ def is_error_or_exact(file: Path) -> PolicyFormatError | None:
     return None
 
 
+LATER = {"bound": False}
+"""Keys that the first files did not have, and what they say of such a file."""
 JUNK = st.sampled_from(
     ["x", "", None, True, False, 0, 1, -1, 2, 0.5, -0.5, 1.5, 1e308, 10**400, [], {}, [1], {"a": 1}]
 )
@@ -289,6 +293,8 @@ def test_every_key_is_needed_and_no_other_is_known(folder: Path, name: str) -> N
             for step in path[:-1]:
                 parent = parent[step]
             if key is None:
+                if path[-1] in LATER:
+                    continue
                 del parent[path[-1]]
             else:
                 parent[key] = 0.5
@@ -297,6 +303,23 @@ def test_every_key_is_needed_and_no_other_is_known(folder: Path, name: str) -> N
             assert error is not None
             assert error.place == spelled((*path[:-1], *([key] if key else [])))
             assert ("is missing" if key is None else "unknown key; known here") in str(error)
+
+
+@pytest.mark.parametrize("policy", [*EXAMPLES.values(), Uniform(0.9, "online")], ids=repr)
+def test_a_file_from_before_a_key_says_what_it_said_then(folder: Path, policy: Any) -> None:
+    file = folder / "before.json"
+    save_policy(policy, file)
+    whole = plain(file)
+    old = copy.deepcopy(whole)
+    for path in leaves(whole):
+        parent = old
+        for step in path[:-1]:
+            parent = parent[step]
+        if path[-1] in LATER and parent[path[-1]] is LATER[path[-1]]:
+            del parent[path[-1]]
+    file.write_text(json.dumps(old), encoding="utf-8")
+    save_policy(load_policy(file), file)
+    assert plain(file) == whole
 
 
 @pytest.mark.parametrize(
@@ -320,6 +343,8 @@ def test_every_key_is_needed_and_no_other_is_known(folder: Path, name: str) -> N
         (("nodes", 0, "bands", 0, "recall"), -math.inf, r"must be a number, got -Infinity"),
         (("nodes", 0, "bands", 0, "recall"), 10**400, r"must be at least 0 and finite, got a huge"),
         (("nodes", 0, "bands", 0, "rule"), "", r"bands\[0\]\.rule: must be one of .*got ''"),
+        (("nodes", 0, "bands", 0, "bound"), 1, r"bands\[0\]\.bound: must be true or false, got 1"),
+        (("nodes", 0, "bands", 0, "bound"), True, r"bands\[0\]: bound=True needs filter='online'"),
         (("nodes", 0, "bands", 0, "density"), 0.5, r"bands\[0\]: rule='top_k' and density"),
         (("nodes", 0, "bands", 1, "reason"), None, r"reason: a dense node has a reason"),
         (("nodes", 0, "bands", 1, "reason"), "WHIM", r"reason: must be one of .*got 'WHIM'"),

@@ -33,6 +33,7 @@ class Uniform:
         recall: share of the attention energy to keep in each node, in (0, 1].
         filter: "planned" or "online".
         certify: for "online": "mean", "row" or "none".
+        bound: for "online": see :class:`Decision`.
 
     Raises:
         TypeError, ValueError: as :class:`Decision`.
@@ -41,15 +42,18 @@ class Uniform:
     recall: float
     filter: str = "planned"
     certify: str = ""
+    bound: bool = False
 
     def __post_init__(self) -> None:
         check_fraction("recall", self.recall)
-        Decision(self.recall, filter=self.filter, certify=self.certify)
+        self._decision()
 
     def decide(self, node: AttentionNode) -> Decision:
         """Filter the node, unless it is a cross attention to a short context."""
-        decision = Decision(self.recall, filter=self.filter, certify=self.certify)
-        return _usual(node, decision)
+        return _usual(node, self._decision())
+
+    def _decision(self) -> Decision:
+        return Decision(self.recall, filter=self.filter, certify=self.certify, bound=self.bound)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,17 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     return str(value)
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """``value`` if it is True or False.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def check_sizes(name: str, value: Any, number: int, least: int) -> tuple[int, ...]:
     """``value`` as a tuple of ``number`` integers, each at least ``least``.
 
@@ -69,6 +80,10 @@ class Decision:
             "online": "share" (default), "lse" (arXiv 2606.16317), "max" (BLASST, arXiv 2512.12087).
         certify: for "online": "mean" (default) or "row" never lets the mean recall of a query tile,
             or any row's, below ``recall``; "none" trusts the threshold.
+        bound: for "online": judge a tile by the bound ``n_j * exp(its largest score)`` in place of
+            its exact energy, so that the exponentials of dropped tiles are never taken. A bound is
+            never too small: certificates hold, at more tiles, and the ledger is a lower bound of
+            the recall.
         threshold: a fixed threshold, a share in (0, 1], in place of the one found for ``recall``.
         density: for ``rule="top_k"``, the share of tiles kept in every query tile.
         compensate: put dropped tiles back as one pseudo-token each; off by default, since it harms
@@ -88,6 +103,7 @@ class Decision:
     filter: str = "planned"
     rule: str = ""
     certify: str = ""
+    bound: bool = False
     threshold: float | None = None
     density: float | None = None
     compensate: bool = False
@@ -107,12 +123,17 @@ class Decision:
             raise ValueError(
                 f"certify={self.certify!r} needs filter='online': a plan's recall is an estimate"
             )
+        check_flag("bound", self.bound)
+        if self.bound and self.filter != "online":
+            raise ValueError(
+                f"bound=True needs filter='online', got filter={self.filter!r}: a plan estimates"
+                " energies without scores to bound them by"
+            )
         if self.recall is None:
             set_(self, "reason", self.reason or Reason.POLICY)
             return
         set_(self, "recall", check_fraction("recall", self.recall))
-        if not isinstance(self.compensate, bool):
-            raise TypeError(f"compensate must be True or False, got {self.compensate!r}")
+        check_flag("compensate", self.compensate)
         if self.reason is not None:
             raise ValueError(f"a decision with a recall has no reason for being dense: {self!r}")
         if self.threshold is not None:
@@ -137,12 +158,12 @@ class Decision:
         return self.recall is None
 
     @property
-    def options(self) -> tuple[str, str, str, bool]:
-        """How the op filters: (filter, rule, certify, compensate)."""
-        return (self.filter, self.rule, self.certify, self.compensate)
+    def options(self) -> tuple[str, str, str, bool, bool]:
+        """How the op filters: (filter, rule, certify, bound, compensate)."""
+        return (self.filter, self.rule, self.certify, self.bound, self.compensate)
 
     @property
-    def variant(self) -> tuple[str, str, str, bool, str]:
+    def variant(self) -> tuple[str, str, str, bool, bool, str]:
         """What is compiled into the graph: the options and the order."""
         return (*self.options, self.order)
 

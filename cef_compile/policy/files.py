@@ -1,7 +1,8 @@
 """Policies as plain JSON files.
 
 A file holds what the policy says and nothing else: reading one either gives back exactly that, or
-raises :class:`PolicyFormatError` with the place. Nothing in a file has a default.
+raises :class:`PolicyFormatError` with the place. Nothing in a file has a default, but for keys that
+files of an earlier release lack.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ FORMAT = "cef_compile policy"
 VERSION = 1
 
 _DECISION = tuple(field.name for field in fields(Decision))
+_UNIFORM = tuple(field.name for field in fields(Uniform))
+_LATER = {"bound": False}
+"""Keys that came after the first files, and what it means where one is missing."""
 _DTYPES = tuple(
     sorted(
         str(value).removeprefix("torch.")
@@ -75,8 +79,7 @@ def load_policy(path: str | os.PathLike[str]) -> Balanced | Uniform | Rules | Sc
 
 def _policy_data(policy: Any, where: str) -> dict[str, Any]:
     if type(policy) is Uniform:
-        numbers = {"recall": policy.recall, "filter": policy.filter, "certify": policy.certify}
-        return {"kind": "uniform", **numbers}
+        return {"kind": "uniform", **{name: getattr(policy, name) for name in _UNIFORM}}
     if type(policy) is Balanced:
         return {"kind": "balanced", "recall": policy.recall}
     if type(policy) is Rules:
@@ -174,11 +177,12 @@ def _value(place: Place) -> Any:
 
 
 def _uniform(place: Place, head: tuple[str, ...]) -> Uniform:
-    found = place.fields(*head, "recall", "filter", "certify")
+    found = place.fields(*head, *_UNIFORM, **_LATER)
     recall = found["recall"].fraction()
     filter_ = found["filter"].string(FILTER_RULES)
     certify = found["certify"].string(("", *CERTIFICATES))
-    return place.make(lambda: Uniform(recall, filter_, certify))
+    bound = found["bound"].boolean()
+    return place.make(lambda: Uniform(recall, filter_, certify, bound))
 
 
 def _balanced(place: Place, head: tuple[str, ...]) -> Balanced:
@@ -244,13 +248,13 @@ def _shape(place: Place) -> tuple[int, ...]:
 def _bands(place: Place) -> Bands:
     bands = []
     for band in place.items():
-        found = band.fields("from", *_DECISION)
+        found = band.fields("from", *_DECISION, **_LATER)
         bands.append((found["from"].number(), _decision(band, found)))
     return tuple(bands)
 
 
 def _decision_value(place: Place, head: tuple[str, ...]) -> Decision:
-    return _decision(place, place.fields(*head, *_DECISION))
+    return _decision(place, place.fields(*head, *_DECISION, **_LATER))
 
 
 def _decision(place: Place, found: dict[str, Place]) -> Decision:
@@ -261,6 +265,7 @@ def _decision(place: Place, found: dict[str, Place]) -> Decision:
         found["reason"].fail("a dense node has a reason, got null")
     rule = found["rule"].string(FILTER_RULES[filter_])
     certify = found["certify"].string(CERTIFICATES)
+    bound = found["bound"].boolean()
     threshold = found["threshold"].optional(Place.fraction)
     density = found["density"].optional(Place.fraction)
     compensate = found["compensate"].boolean()
@@ -273,6 +278,7 @@ def _decision(place: Place, found: dict[str, Place]) -> Decision:
             filter=filter_,
             rule=rule,
             certify=certify,
+            bound=bound,
             threshold=threshold,
             density=density,
             compensate=compensate,

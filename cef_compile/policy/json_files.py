@@ -59,10 +59,17 @@ class Place:
         found = self._pairs()
         return found[key] if key in found else self.fail(f"the key {key!r} is missing")
 
-    def fields(self, *names: str) -> dict[str, Place]:
-        """The values of an object that has exactly these keys."""
+    def fields(self, *names: str, **later: Any) -> dict[str, Place]:
+        """The values of an object that has exactly these keys.
+
+        Args:
+            names: the keys.
+            later: of them those that older files lack, and the value that it means.
+        """
         found = self._pairs()
         for name in names:
+            if name not in found and name in later:
+                found[name] = self._child(name, later[name])
             if name not in found:
                 self.fail(f"the key {name!r} is missing")
         for name, place in found.items():
@@ -133,11 +140,14 @@ class Place:
             self._wrong("an object")
         found: dict[str, Place] = {}
         for name, value in self.value:
-            place = Place(self.file, f"{self.path}.{name}" if self.path else name, value)
+            place = self._child(name, value)
             if name in found:
                 place.fail("the key is given twice")
             found[name] = place
         return found
+
+    def _child(self, name: str, value: Any) -> Place:
+        return Place(self.file, f"{self.path}.{name}" if self.path else name, value)
 
     def _wrong(self, wanted: str) -> NoReturn:
         self.fail(f"must be {wanted}, got {_short(self.value)}")
