@@ -180,6 +180,7 @@ class NodeState:
             grid=node.grid,
             segments=node.segments,
             grid_source=node.grid_source,
+            bound=decision.bound and not decision.is_dense,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -315,15 +316,22 @@ def test_a_fixed_threshold_is_applied_as_given() -> None:
 
 @torch.no_grad()
 def test_certified_online_never_misses_its_target() -> None:
-    for certify in ("mean", "row"):
-        backend = cef_compile.backend(
-            policy=Uniform(0.8, filter="online", certify=certify), inner="eager"
-        )
+    for certify, bound in itertools.product(("mean", "row"), (False, True)):
+        policy = Uniform(0.8, filter="online", certify=certify, bound=bound)
+        backend = cef_compile.backend(policy=policy, inner="eager")
         compiled = torch.compile(models.Stack(), backend=backend)
         with backend.audit() as audit:
             compiled(models.tokens())
         assert all(node.recall >= 0.8 for node in audit.nodes)
         assert any(node.density < 1 for node in audit.nodes)
+        if bound:  # the ledger is below what the audit finds, and the report says so
+            assert all(
+                0.8 <= node.estimate < node.recall for node in audit.nodes if node.density < 1
+            )
+            assert "3 filtered with bound=True" in str(backend.report)
+        else:
+            assert all(node.estimate == node.recall for node in audit.nodes)
+            assert "bound=True" not in str(backend.report)
 
 
 @torch.no_grad()
@@ -453,6 +461,11 @@ def test_a_policy_may_change_and_what_cannot_follow_is_said() -> None:
     backend.set_policy(Uniform(1.0))
     assert_close(compiled(x), model(x))
     assert [node.reason for node in backend.report.nodes] == [str(Reason.FIXED), "", ""]
+    backend.set_policy(Uniform(0.5, filter="online", bound=True))
+    assert [node.detail for node in backend.report.nodes] == [
+        "compiled dense",
+        *["compiled planned/threshold/none/grid"] * 2,
+    ]
     with pytest.raises(TypeError, match="no single recall"):
         cef_compile.backend(policy=Rules({"*": 0.5})).set_recall(0.9)
 

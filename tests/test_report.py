@@ -16,7 +16,9 @@ from report_cases import DENSE, FILTERED, NODE
 import cef_compile
 from cef_compile.policy import Decision
 from cef_compile.report import Audit, AuditedNode, Report, ReportedNode
+from cef_compile.report.record import join
 from cef_compile.report.table import number, text_table
+from cef_compile.report.words import sentences
 
 SHARES = st.floats(0, 1, width=32)
 STDERRS = st.floats(0, 0.25, width=32)
@@ -62,6 +64,25 @@ class TestReport:
         )
         assert "  1 take the grid of their tokens from the call that was compiled" in text
         assert "raster order" not in str(Report("p", [joint, replace(joint, order="raster")]))
+
+    def test_text_says_where_the_estimate_is_a_lower_bound(self) -> None:
+        bounded = replace(FILTERED, filter="online", bound=True)
+        fresh = replace(bounded, calls=0, estimated_recall=None)
+        nodes = [FILTERED, bounded, fresh, DENSE]
+        report = Report("p", nodes)
+        says = (
+            "2 filtered with bound=True, by bounds of tiles' energies: the estimate is a lower"
+            " bound of the recall, and only an audit shows what was achieved"
+        )
+        assert f"  {says}\n" in str(report)
+        assert [line.count(">=") for line in str(report).splitlines()[-4:]] == [0, 1, 0, 0]
+        assert ">= 0.910" in str(report)
+        assert f"{says}." in sentences(join(report.to_dict(), None))
+        assert "bound" not in str(Report("p", [FILTERED, DENSE]))
+        # A report that was saved before there were bounds has no such key.
+        old = Report("p", [FILTERED]).to_dict()
+        del old["nodes"][0]["bound"]
+        assert not any("bound" in text for text in sentences(join(old, None)))
 
     def test_filtered_and_dense(self) -> None:
         report = Report("p", [FILTERED, DENSE, FILTERED])

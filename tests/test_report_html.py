@@ -183,6 +183,14 @@ class TestStructure:
         assert "the achieved recall is not known" in page.texts["header"]
         assert page.data == {"passes": [], "nodes": [], "tileMaps": []}
 
+    def test_bounds_are_named(self, tmp_path: Path) -> None:
+        bounded = replace(FILTERED, filter="online", bound=True)
+        path = write_html(tmp_path / "a.html", Report("p", [bounded, FILTERED]))
+        page = Page(path.read_text(encoding="utf-8"))
+        assert "1 filtered with bound=True" in page.texts["header"]
+        assert "filtered (online, bound, triton)" in page.texts["node-table"]
+        assert "filtered (planned, triton)" in page.texts["node-table"]
+
     def test_without_a_node(self, tmp_path: Path) -> None:
         page = Page(write_html(tmp_path / "a.html", Report("p", [])).read_text(encoding="utf-8"))
         assert "No attention node was seen" in page.texts["header"]

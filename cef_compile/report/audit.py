@@ -28,7 +28,8 @@ class AuditedNode:
         error: relative error of the attention output against exact attention,
             ``||out - exact|| / ||exact||`` over the sampled rows, mean over the calls.
         error_interval: its 95 % interval.
-        estimate: recall by the filter's own account, mean over the calls.
+        estimate: recall by the filter's own account, mean over the calls; a lower bound where the
+            filter bounds energies.
         density: kept tiles / visible tiles, mean over the calls.
         threshold: share at which a tile was kept in the last call; None where the rule has none.
         calls: number of calls.

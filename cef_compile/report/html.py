@@ -196,7 +196,8 @@ def _node_row(node: Mapping[str, Any], several: bool) -> str:
     error = (audit.get("error"), *audit.get("error_interval", nothing))
     why = f"{node['reason']} ({node['detail']})" if node["detail"] else node["reason"]
     filtered = node["decision"] == "filtered"
-    how = ", ".join(part for part in (node["filter"], node["engine"]) if part)
+    bound = "bound" if node.get("bound") else ""
+    how = ", ".join(part for part in (node["filter"], bound, node["engine"]) if part)
     cells = [
         _name(node, several),
         node["kind"],

@@ -8,7 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cef_compile.report.table import number, text_table
-from cef_compile.report.words import break_sentences, order_sentences, token_words
+from cef_compile.report.words import (
+    bound_sentences,
+    break_sentences,
+    order_sentences,
+    token_words,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class ReportedNode:
         mask: "none", "key_padding", "bool" or "float".
         decision: "filtered" or "dense".
         filter, rule, certify: how it is filtered; empty if dense.
+        bound: whether its ledger holds bounds, so that ``estimated_recall`` is a lower bound.
         engine: what computed the last filtered call: "reference", "triton", "hopper" or "fa4";
             empty before one, "sdpa" if dense.
         recall: wanted recall; None if dense. Of a group's nodes it is the mean that counts.
@@ -63,6 +69,7 @@ class ReportedNode:
     grid: tuple[int, int, int] | None = None
     segments: tuple[int, ...] = ()
     grid_source: str = ""
+    bound: bool = False
 
     @property
     def q_len(self) -> int:
@@ -146,7 +153,10 @@ class Report:
             f"  {count} dense: {reason}"
             for reason, count in Counter(node.reason for node in self.dense).most_common()
         ]
-        lines += [f"  {sentence}" for sentence in order_sentences(self.to_dict()["nodes"])]
+        nodes = self.to_dict()["nodes"]
+        lines += [
+            f"  {sentence}" for sentence in (*order_sentences(nodes), *bound_sentences(nodes))
+        ]
         lines += [f"  rule {pattern!r} matches no node" for pattern in self.unmatched_rules]
         lines += [f"  {sentence}" for sentence in breaks]
         models = len({node.model for node in self.nodes}) > 1
@@ -162,7 +172,7 @@ class Report:
                 node.filter or "dense",
                 node.engine,
                 number(node.recall),
-                number(node.estimated_recall),
+                _estimate(node),
                 number(node.density),
                 f"{node.reason} ({node.detail})" if node.detail else node.reason,
             ]
@@ -172,3 +182,8 @@ class Report:
             header.insert(0, "model")
             rows = [[node.model, *row] for node, row in zip(self.nodes, rows, strict=True)]
         return "\n".join([*lines, "", text_table(header, rows)])
+
+
+def _estimate(node: ReportedNode) -> str:
+    text = number(node.estimated_recall)
+    return f">= {text}" if text and node.bound else text

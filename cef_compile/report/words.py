@@ -17,7 +17,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
     filtered = [node for node in nodes if node["decision"] == "filtered"]
     dense = [node for node in nodes if node["decision"] != "filtered"]
     text = [_decisions(len(nodes), len(filtered), record["policy"]), _reasons(dense)]
-    text += [f"{sentence}." for sentence in order_sentences(nodes)]
+    text += [f"{sentence}." for sentence in (*order_sentences(nodes), *bound_sentences(nodes))]
     if record["unmatched_rules"]:
         patterns = ", ".join(map(repr, record["unmatched_rules"]))
         text.append(f"Rules of the policy that match no node: {patterns}.")
@@ -158,3 +158,14 @@ def order_sentences(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
             " backend(grid=(frames, height, width)), which takes fewer tiles for the same recall"
         )
     return sentences
+
+
+def bound_sentences(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What there is to know of nodes whose ledger holds bounds; reports of before have none."""
+    bounded = sum(bool(node.get("bound")) for node in nodes)
+    if not bounded:
+        return []
+    return [
+        f"{bounded} filtered with bound=True, by bounds of tiles' energies: the estimate is a lower"
+        " bound of the recall, and only an audit shows what was achieved"
+    ]
