@@ -70,6 +70,10 @@ METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
         (0.5, 0.35, 0.25),
     ),
     "online, certified": (lambda x: Uniform(x, filter="online"), (0.95, 0.9, 0.8)),
+    "online, certified, bound": (
+        lambda x: Uniform(x, filter="online", bound=True),
+        (0.95, 0.9, 0.8),
+    ),
     "2606.16317 rule": (
         lambda x: same(recall=0.9, filter="online", rule="lse", threshold=2.0**x),
         (-10, -9, -8, -7),
