@@ -32,6 +32,12 @@ ENERGY_UNIT: Final = 2**30
 """Fixed-point units of one row's energy in the kernels' histogram: integer sums do not depend on
 their order, and 2^31 rows still fit int64."""
 
+ONLINE_SUMS: Final = 5
+"""Integers that the online kernels sum up: kept and visible tile pairs, recall of the rows in
+``RECALL_UNIT``, rows that see a key, and rows that are NaN."""
+RECALL_UNIT: Final = 2**30
+"""Fixed-point units of one row's recall in a sum over rows, which then has no order."""
+
 INT16_TILES: Final = 32767
 """Up to so many key tiles the kernels' lists are int16."""
 
@@ -63,7 +69,8 @@ CONTROL_SIZE: Final = 4
 MEASURE_DENSITY: Final = 0
 """measures[0]: kept tiles / visible tiles."""
 MEASURE_ESTIMATE: Final = 1
-"""measures[1]: recall by the filter's own account (an estimate, exact for ``online``)."""
+"""measures[1]: recall by the filter's own account (an estimate; exact for ``online``, a lower bound
+where it bounds energies)."""
 MEASURE_RECALL: Final = 2
 """measures[2]: audited recall; NaN where this call was not audited."""
 MEASURE_STDERR: Final = 3

@@ -1,4 +1,4 @@
-"""Which implementation computes the attention over lists: a pure choice, made without tensors."""
+"""Which implementation computes a filter's attention: a pure choice, made without tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Final
 import torch
 
 LIST_ENGINES: Final = ("triton", "hopper", "fa4")
+"""Of the attention over the lists of the planned filter."""
+ONLINE_ENGINES: Final = ("triton", "hopper")
+"""Of the online filter."""
 _HOPPER: Final = 90
 """Compute capability whose instructions the hopper engine is written in; newer GPUs lack them."""
 _HEAD_DIMS: Final = (64, 128)
@@ -39,7 +42,9 @@ class Call:
     compensate: bool = False
 
 
-def list_engine(call: Call, wanted: str | None = None) -> str:
+def find_engine(
+    call: Call, wanted: str | None = None, among: tuple[str, ...] = LIST_ENGINES
+) -> str:
     """The engine for a call: "hopper" where it fits and "triton" elsewhere, or the wanted one.
 
     Raises:
@@ -47,8 +52,8 @@ def list_engine(call: Call, wanted: str | None = None) -> str:
     """
     if wanted is None:
         return "triton" if lacks("hopper", call) else "hopper"
-    if wanted not in LIST_ENGINES:
-        raise ValueError(f"engine must be one of {LIST_ENGINES} or None, not {wanted!r}")
+    if wanted not in among:
+        raise ValueError(f"engine must be one of {among} or None, not {wanted!r}")
     reason = lacks(wanted, call)
     if reason:
         raise ValueError(f"engine {wanted!r} cannot compute this call: {reason}; leave engine out")

@@ -21,7 +21,7 @@ from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
 from cef_compile.kernels.centroids import Centroids, arrange, centroids
 from cef_compile.kernels.descriptor import can_describe
-from cef_compile.kernels.engines import Call, list_engine
+from cef_compile.kernels.engines import LIST_ENGINES, ONLINE_ENGINES, Call, find_engine
 from cef_compile.kernels.lists import Lists, lists, threshold
 from cef_compile.kernels.order import Layout
 from cef_compile.kernels.plan import plan, variance_factor
@@ -115,17 +115,9 @@ def planned(
         tiled_k, tiled_v, tiled_mask = arranged.k, arranged.v, arranged.key_mask
         tokens, exact_tiles, cents = arranged.tokens, layout.exact_tiles, arranged.centroids
     partial = tiled_mask is not None or tiled_k.shape[2] % c.BLOCK_N != 0
-    call = Call(
-        architecture=_architecture(q.device),
-        dtype=q.dtype,
-        dim=q.shape[3],
-        value_dim=v.shape[3],
-        described=_descriptors(tiled_k, tiled_v),
-        masked=tiled_mask is not None,
-        ordered=tokens is not None,
-        compensate=compensate,
+    engine = _engine(
+        LIST_ENGINES, engine, q, tiled_k, tiled_v, tiled_mask, tokens, compensate=compensate
     )
-    engine = list_engine(call, engine)
     ranked = plan(
         q,
         cents.stats,
@@ -168,6 +160,31 @@ def planned(
     if audited:
         _audit(q, k, v, out, lse, control, measures, tuning, scale, key_mask)
     return Output(out, lse, curve, measures, listed.index, listed.count[0])
+
+
+def _engine(
+    among: tuple[str, ...],
+    wanted: str | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    tokens: Tensor | None,
+    *,
+    compensate: bool = False,
+) -> str:
+    """The engine of a call, k and v being what it reads."""
+    call = Call(
+        architecture=_architecture(q.device),
+        dtype=q.dtype,
+        dim=q.shape[3],
+        value_dim=v.shape[3],
+        described=_descriptors(k, v),
+        masked=key_mask is not None,
+        ordered=tokens is not None,
+        compensate=compensate,
+    )
+    return find_engine(call, wanted, among)
 
 
 def _attend(
@@ -237,6 +254,7 @@ def online(
     bound: bool = False,
     audited: bool = False,
     layout: Layout | None = None,
+    engine: str | None = None,
 ) -> Output:
     """Filter in one pass over all key tiles, with a ledger of kept and dropped energy.
 
@@ -249,6 +267,7 @@ def online(
         audited: measure the error on a sample of query tiles, and where the ledger holds bounds
             the achieved recall too.
         layout: as for :func:`planned`.
+        engine: one of ``ONLINE_ENGINES``; None for the fastest that can compute the call.
 
     Raises:
         ValueError: for inputs outside these limits.
@@ -264,23 +283,37 @@ def online(
         arranged = arrange(k, v, key_mask, layout)
         tiled_k, tiled_v, tiled_mask = arranged.k, arranged.v, arranged.key_mask
         tokens, exact_tiles = arranged.tokens, layout.exact_tiles
-    out, lse, recall, kept, measures = _online.online(
+    engine = _engine(ONLINE_ENGINES, engine, q, tiled_k, tiled_v, tiled_mask, tokens)
+    if engine == "hopper":
+        from cef_compile.kernels import hopper_online
+
+        kernel = hopper_online.online
+    else:
+        kernel = functools.partial(
+            _online.online,
+            descriptors=_descriptors(tiled_k, tiled_v),
+            warps=tuning.online_warps,
+            registers=tuning.online_registers,
+            eager_stages=tuning.online_eager_stages,
+            stages=tuning.online_stages,
+        )
+    even = c.BLOCK_N / max(k.shape[2], 1)
+    out, lse, recall, kept, sums = kernel(
         q,
         tiled_k,
         tiled_v,
         control,
         scale=scale,
+        even=even,
         key_mask=tiled_mask,
         rule=rule,
         certify=certify,
         bound=bound,
         tokens=tokens,
         exact_tiles=exact_tiles,
-        descriptors=_descriptors(tiled_k, tiled_v),
-        warps=tuning.online_warps,
-        registers=tuning.online_registers,
-        eager_stages=tuning.online_eager_stages,
-        stages=tuning.online_stages,
+    )
+    measures = _online.measures(
+        sums, control, even, rule=rule, certify=certify, bound=bound, engine=engine
     )
     if audited:
         _audit(q, k, v, out, lse, control, measures, tuning, scale, key_mask, recall=bound)

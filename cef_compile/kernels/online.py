@@ -15,7 +15,7 @@ from cef_compile.kernels.descriptor import describe
 _LN2 = tl.constexpr(math.log(2.0))
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
-_RECALL_UNIT = tl.constexpr(2**30)
+_RECALL_UNIT = tl.constexpr(c.RECALL_UNIT)
 """Fixed-point units of one row's recall in the sum over rows, which then has no order."""
 _COUNT_BLOCK = 16
 """Key tiles whose mask is looked at in one step when visible tiles are counted."""
@@ -31,6 +31,7 @@ def online(
     control: Tensor,
     *,
     scale: float,
+    even: float,
     key_mask: Tensor | None,
     rule: str,
     certify: str,
@@ -47,6 +48,7 @@ def online(
 
     Args:
         q, k, v, control, scale, key_mask, rule, certify, bound: as for the reference.
+        even: what a tile has of the energy where all keys have as much.
         tokens: int32 ``[length]``, a token order, of
             :class:`~cef_compile.kernels.centroids.Arranged`, in which k, v and key_mask are: the
             query at position i of the order is row ``tokens[i]`` of q and of what is returned.
@@ -57,7 +59,7 @@ def online(
 
     Returns:
         out ``[B, H, q_len, Dv]`` in (B, q_len, H, Dv) memory order; lse and recall of each row,
-        float32 ``[B, H, q_len]``; kept tiles int32 ``[B, H, Tm]``; measures ``[MEASURE_SIZE]``.
+        float32 ``[B, H, q_len]``; kept tiles int32 ``[B, H, Tm]``; sums int64 ``[ONLINE_SUMS]``.
     """
     batch, heads, q_len, dim = q.shape
     key_heads, kv_len, value_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -68,10 +70,8 @@ def online(
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     recall = torch.empty_like(lse)
     kept = torch.empty(batch, heads, n_m, dtype=torch.int32, device=q.device)
-    sums = torch.zeros(5, dtype=torch.int64, device=q.device)
-    measures = torch.empty(c.MEASURE_SIZE, device=q.device)
+    sums = torch.zeros(c.ONLINE_SUMS, dtype=torch.int64, device=q.device)
     block_d, block_dv = c.padded_dim(dim), c.padded_dim(value_dim)
-    even = c.BLOCK_N / max(kv_len if tokens is None else q_len, 1)
     if lse.numel():
         _online[(n_m * heads * batch,)](
             q,
@@ -131,10 +131,32 @@ def online(
             # Not every backend of Triton knows this option.
             **({} if registers is None else {"maxnreg": registers}),
         )
+    return out, lse, recall, kept, sums
+
+
+def measures(
+    sums: Tensor,
+    control: Tensor,
+    even: float,
+    *,
+    rule: str,
+    certify: str,
+    bound: bool,
+    engine: str,
+) -> Tensor:
+    """float32 ``[MEASURE_SIZE]`` from the sums over all query tiles.
+
+    Args:
+        sums: int64 ``[ONLINE_SUMS]``.
+        control, rule, certify, bound: of the call.
+        even: as for :func:`online`.
+        engine: one of ``ENGINES``.
+    """
+    found = torch.empty(c.MEASURE_SIZE, device=sums.device)
     _measure[(1,)](
         sums,
         control,
-        measures,
+        found,
         even,
         RULE=rule,
         CERTIFY=certify,
@@ -150,10 +172,10 @@ def online(
         SIZE=c.MEASURE_SIZE,
         APPLIED=c.MEASURE_LOG2_THRESHOLD,
         ENGINE=c.MEASURE_ENGINE,
-        TRITON=c.ENGINES.index("triton"),
+        NUMBER=c.ENGINES.index(engine),
         num_warps=_WARPS,
     )
-    return out, lse, recall, kept, measures
+    return found
 
 
 @triton.jit
@@ -531,7 +553,7 @@ def _measure(
     SIZE: tl.constexpr,
     APPLIED: tl.constexpr,
     ENGINE: tl.constexpr,
-    TRITON: tl.constexpr,
+    NUMBER: tl.constexpr,
 ):
     """One program: the measures from the sums over all query tiles."""
     kept, pairs = tl.load(sums), tl.load(sums + 1)
@@ -550,4 +572,4 @@ def _measure(
     for at in tl.static_range(ERROR, SIZE):  # an audit's alone
         tl.store(measures + at, float("nan"))
     tl.store(measures + APPLIED, applied)
-    tl.store(measures + ENGINE, TRITON)
+    tl.store(measures + ENGINE, NUMBER)

@@ -28,7 +28,7 @@ from support import Case, Inputs, cases, control, same_bits, visible_tiles
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
-from cef_compile.kernels.engines import LIST_ENGINES, Call, lacks, list_engine
+from cef_compile.kernels.engines import LIST_ENGINES, Call, find_engine, lacks
 from cef_compile.kernels.order import Layout
 
 FITS = Call(90, torch.bfloat16, 128, 128)
@@ -56,17 +56,17 @@ class TestChoice:
             and call.described
             and not call.compensate
         )
-        assert list_engine(call) == ("hopper" if fits else "triton")
-        assert list_engine(call, "triton") == "triton"
+        assert find_engine(call) == ("hopper" if fits else "triton")
+        assert find_engine(call, "triton") == "triton"
         if fits:
-            assert list_engine(call, "hopper") == "hopper"
+            assert find_engine(call, "hopper") == "hopper"
         else:
             with pytest.raises(ValueError, match="engine 'hopper' cannot compute this call: "):
-                list_engine(call, "hopper")
+                find_engine(call, "hopper")
 
     def test_wanted_engine_must_exist(self) -> None:
         with pytest.raises(ValueError, match="not 'cudnn'"):
-            list_engine(FITS, "cudnn")
+            find_engine(FITS, "cudnn")
 
     @pytest.mark.parametrize(
         ("change", "why"),
