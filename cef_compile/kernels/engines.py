@@ -16,6 +16,9 @@ ONLINE_ENGINES: Final = ("triton", "hopper")
 _HOPPER: Final = 90
 """Compute capability whose instructions the hopper engine is written in; newer GPUs lack them."""
 _HEAD_DIMS: Final = (64, 128)
+"""Of k and v alike."""
+_HOPPER_LIST_DIMS: Final = range(8, 129, 8)
+"""Of k and v each, for the hopper engine over lists."""
 _DTYPES: Final = (torch.bfloat16, torch.float16)
 
 
@@ -30,6 +33,7 @@ class Call:
         masked: there is a key mask.
         ordered: there is a token order.
         compensate: dropped tiles are put back as pseudo-tokens.
+        online: it is the online filter's, not one over lists.
     """
 
     architecture: int
@@ -40,11 +44,10 @@ class Call:
     masked: bool = False
     ordered: bool = False
     compensate: bool = False
+    online: bool = False
 
 
-def find_engine(
-    call: Call, wanted: str | None = None, among: tuple[str, ...] = LIST_ENGINES
-) -> str:
+def find_engine(call: Call, wanted: str | None = None) -> str:
     """The engine for a call: "hopper" where it fits and "triton" elsewhere, or the wanted one.
 
     Raises:
@@ -52,6 +55,7 @@ def find_engine(
     """
     if wanted is None:
         return "triton" if lacks("hopper", call) else "hopper"
+    among = ONLINE_ENGINES if call.online else LIST_ENGINES
     if wanted not in among:
         raise ValueError(f"engine must be one of {among} or None, not {wanted!r}")
     reason = lacks(wanted, call)
@@ -66,10 +70,14 @@ def lacks(engine: str, call: Call) -> str:
         return ""
     if call.dtype not in _DTYPES:
         return f"dtype {call.dtype}"
-    if call.dim != call.value_dim or call.dim not in _HEAD_DIMS:
-        return f"head_dim {call.dim} and {call.value_dim}, not one of {_HEAD_DIMS} for both"
     if call.compensate:
         return "compensate=True"
+    dims = f"head_dim {call.dim} and {call.value_dim}"
+    if engine == "hopper" and not call.online:
+        if not {call.dim, call.value_dim} <= set(_HOPPER_LIST_DIMS):
+            return f"{dims}, not multiples of 8 up to {max(_HOPPER_LIST_DIMS)}"
+    elif call.dim != call.value_dim or call.dim not in _HEAD_DIMS:
+        return f"{dims}, not one of {_HEAD_DIMS} for both"
     if engine == "hopper":
         if call.architecture != _HOPPER:
             return "the GPU is not a Hopper"

@@ -63,22 +63,22 @@ def attend(
     """Attention of each query tile over the key tiles of its list.
 
     Args:
-        q: ``[B, H, q_len, D]``, any strides; k, v ``[B, Hk, kv_len, D]``, strides that TMA takes;
-            bf16 or fp16, ``D`` 64 or 128.
+        q: ``[B, H, q_len, D]``, any strides; k ``[B, Hk, kv_len, D]``, v ``[B, Hk, kv_len, Dv]``,
+            strides that TMA takes; bf16 or fp16; ``D`` and ``Dv`` multiples of 8 up to 128.
         index, count, order: of :class:`~cef_compile.kernels.lists.Lists`.
         scale: factor of the scores.
         key_mask: bool ``[B or 1, kv_len]``, any strides.
         tokens: int32 ``[length]``, a token order: as for the Triton kernel.
 
     Returns:
-        out ``[B, H, q_len, D]`` in (B, q_len, H, D) memory order, and lse float32 ``[B, H, q_len]``
-        of the listed tiles.
+        out ``[B, H, q_len, Dv]`` in (B, q_len, H, Dv) memory order, and lse float32
+        ``[B, H, q_len]`` of the listed tiles.
     """
-    batch, heads, q_len, dim = q.shape
-    key_heads, kv_len = k.shape[1], k.shape[2]
+    batch, heads, q_len, head_dim = q.shape
+    _, key_heads, kv_len, value_dim = v.shape
     positions = q_len if tokens is None else len(tokens)
     n_m, n_n = c.tiles(positions, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
-    out = q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
+    out = q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if not lse.numel():
         return out, lse
@@ -108,16 +108,17 @@ def attend(
         *out.stride()[:3],
         0 if key_mask is None or key_mask.shape[0] == 1 else key_mask.stride(0),
         0 if key_mask is None else key_mask.stride(1),
-        **constants(dim, masked=key_mask is not None, ordered=tokens is not None),
+        **constants(head_dim, value_dim, masked=key_mask is not None, ordered=tokens is not None),
         **OPTIONS,
     )
     return out, lse
 
 
-def constants(dim: int, *, masked: bool, ordered: bool) -> dict[str, object]:
+def constants(head_dim: int, value_dim: int, *, masked: bool, ordered: bool) -> dict[str, object]:
     """What the kernel is compiled for."""
     return {
-        "DIM": dim,
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
         "BLOCK_M": c.BLOCK_M,
         "BLOCK_N": c.BLOCK_N,
         "STAGES": _STAGES,
@@ -140,6 +141,35 @@ def _describe(x: Tensor) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), strides(x), block, layout)
 
 
+@gluon.constexpr_function
+def _width(dim):
+    """Channels that shared memory holds: TMA fills it with zeros beyond ``dim``."""
+    return 64 if dim <= 64 else 128
+
+
+@gluon.constexpr_function
+def _main(dim):
+    """Channels of the first of one or two products that together have ``dim``, or a few more.
+
+    Shapes are powers of two, 16 at least: 96 channels are 64 and 32, a quarter less than 128.
+    """
+    main = max(16, 1 << (dim.bit_length() - 1))
+    return main if dim <= main + main // 2 else 2 * main
+
+
+@gluon.constexpr_function
+def _rest(dim):
+    """Channels of the second product; 0 where there is none."""
+    rest = dim - _main(dim)
+    return max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
+
+
+@gluon.constexpr_function
+def _whole_lines(width):
+    """Layout of a group's rows in which threads side by side access memory side by side."""
+    return gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+
+
 @gluon.jit
 def _place(slot, order, n_m, heads):
     """Query tile, batch, head and row of the lists of a slot, which is a place in ``order``."""
@@ -153,12 +183,12 @@ def _place(slot, order, n_m, heads):
 @gluon.jit
 def _copy(
     desc, batch, key_head, keys, tiles, stage, full, empty, free,
-    DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    WIDTH: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Two tiles of k or v into the memory of a step, once that is free."""
-    PARTS: gl.constexpr = DIM // _SWIZZLE
+    PARTS: gl.constexpr = WIDTH // _SWIZZLE
     mbarrier.wait(empty.index(stage), free)
-    mbarrier.expect(full.index(stage), _PAIR * BLOCK_N * DIM * 2)
+    mbarrier.expect(full.index(stage), _PAIR * BLOCK_N * WIDTH * 2)
     for part in gl.static_range(PARTS):
         for i in gl.static_range(_PAIR):
             tma.async_copy_global_to_shared(
@@ -172,7 +202,7 @@ def _copy(
 @gluon.jit
 def _produce(
     k_desc, v_desc, k_tiles, v_tiles, bars, lists, sizes, queue, slots,
-    DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    K_WIDTH: gl.constexpr, V_WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes query tiles from the queue and copies their listed tiles of k and v."""
     k_full, k_empty, v_full, v_empty, slot_full, slot_empty = bars
@@ -199,11 +229,13 @@ def _produce(
             stage = step % STAGES
             free = (step // STAGES) & 1 ^ 1
             _copy(
-                k_desc, batch, key_head, keys, k_tiles, stage, k_full, k_empty, free, DIM, BLOCK_N
-            )
+                k_desc, batch, key_head, keys, k_tiles, stage, k_full, k_empty, free,
+                K_WIDTH, BLOCK_N,
+            )  # fmt: skip
             _copy(
-                v_desc, batch, key_head, keys, v_tiles, stage, v_full, v_empty, free, DIM, BLOCK_N
-            )
+                v_desc, batch, key_head, keys, v_tiles, stage, v_full, v_empty, free,
+                V_WIDTH, BLOCK_N,
+            )  # fmt: skip
             step += 1
         slot = gl.num_programs(0) + gl.atomic_add(queue, 1, sem="relaxed")
         mbarrier.wait(slot_empty, (turn & 1) ^ 1)
@@ -264,6 +296,71 @@ def _softmax_step(score, top, total, scale2):
 
 
 @gluon.jit
+def _scores(rows, keys, score, HEAD_DIM: gl.constexpr):
+    """Starts the product of a group's rows with the keys of a step."""
+    MAIN: gl.constexpr = _main(HEAD_DIM)
+    REST: gl.constexpr = _rest(HEAD_DIM)
+    # What begins anew ignores the accumulator; zeros in its place would cost instructions.
+    score = warpgroup_mma(
+        rows.slice(0, MAIN, 1), keys.slice(0, MAIN, 0), score, use_acc=False, is_async=True
+    )
+    if REST:
+        score = warpgroup_mma(
+            rows.slice(MAIN, REST, 1), keys.slice(MAIN, REST, 0), score, is_async=True
+        )
+    return score
+
+
+@gluon.jit
+def _zeros(ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    return gl.zeros([ROWS, WIDTH], gl.float32, layout)
+
+
+@gluon.jit
+def _no_values(ROWS: gl.constexpr, VALUE_DIM: gl.constexpr):
+    """Accumulators of the one or two products with values."""
+    main = _zeros(ROWS, _main(VALUE_DIM))
+    return (main, _zeros(ROWS, _rest(VALUE_DIM))) if _rest(VALUE_DIM) else (main,)
+
+
+@gluon.jit
+def _add(acc, weight, values, FIRST: gl.constexpr):
+    layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    weight = gl.convert_layout(weight, layout, assert_trivial=True)
+    return warpgroup_mma(weight, values.slice(FIRST, acc.shape[1], 1), acc, is_async=True)
+
+
+@gluon.jit
+def _add_values(accs, weight, values):
+    """Starts the products of the weights of a step with its values."""
+    main = _add(accs[0], weight, values, 0)
+    return (main, _add(accs[1], weight, values, accs[0].shape[1])) if len(accs) == 2 else (main,)
+
+
+@gluon.jit
+def _times_one(acc, factor):
+    layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    return acc * gl.expand_dims(gl.convert_layout(factor, layout), 1)
+
+
+@gluon.jit
+def _times(accs, factor):
+    """Each row times its factor."""
+    main = _times_one(accs[0], factor)
+    return (main, _times_one(accs[1], factor)) if len(accs) == 2 else (main,)
+
+
+@gluon.jit
+def _inside(real, dims, DIM: gl.constexpr):
+    """Mask of the rows and channels that there are."""
+    mask = gl.expand_dims(real, 1)
+    if dims.shape[0] > DIM:
+        mask = mask & gl.expand_dims(dims < DIM, 0)
+    return mask
+
+
+@gluon.jit
 def _rows_at(
     tile, tokens, positions,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr, layout: gl.constexpr,
@@ -280,68 +377,61 @@ def _rows_at(
 
 @gluon.jit
 def _load_rows(
-    q, slot, order, n_m, heads, tokens, positions, q_strides,
-    GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr,
+    query, slot, lists, sizes, tokens,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr,
     layout: gl.constexpr,
 ):  # fmt: skip
     """A group's rows of q, zeros where there is none."""
+    WIDTH: gl.constexpr = _width(HEAD_DIM)
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    q_b, q_h, q_l, q_d = q_strides
+    q, q_b, q_h, q_l, q_d = query
+    _index, _count, order = lists
+    n_m, _n_n, heads, _group, _total_tiles, _q_len, positions, _kv_len = sizes
     tile, batch, head, _row = _place(slot, order, n_m, heads)
     q += batch.to(gl.int64) * q_b + head.to(gl.int64) * q_h
     at, real = _rows_at(tile, tokens, positions, GROUP, BLOCK_M, ORDERED, row_layout)
-    dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    dims = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     where = gl.expand_dims(at.to(gl.int64) * q_l, 1) + gl.expand_dims(dims.to(gl.int64) * q_d, 0)
-    return gl.load(q + where, mask=gl.expand_dims(real, 1), other=0.0)
+    return gl.load(q + where, mask=_inside(real, dims, HEAD_DIM), other=0.0)
 
 
 @gluon.jit
 def _consume(
     rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
-    q, q_strides, out, out_strides, lse, scale,
-    GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HAS_MASK: gl.constexpr, ORDERED: gl.constexpr,
+    query, output, lse, scale,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """Four warps: attention of half of each query tile over its listed tiles."""
     k_full, k_empty, v_full, v_empty, slot_full, slot_empty = bars
     index, count, order = lists
     n_m, n_n, heads, _group, total_tiles, q_len, positions, kv_len = sizes
-    out_b, out_h, out_l = out_strides
+    out, out_b, out_h, out_l = output
     ROWS: gl.constexpr = BLOCK_M // _GROUPS
     KEYS: gl.constexpr = _PAIR * BLOCK_N
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    MAIN: gl.constexpr = _main(VALUE_DIM)
+    REST: gl.constexpr = _rest(VALUE_DIM)
+    VALUE_WIDTH: gl.constexpr = _width(VALUE_DIM)
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MAIN, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
-    acc_row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
     key_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    q_layout: gl.constexpr = _whole_lines(_width(HEAD_DIM))
+    value_layout: gl.constexpr = _whole_lines(VALUE_WIDTH)
     one_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = k_steps.dtype
 
     rows = rows.index(GROUP)
+    q_rows = rows.slice(0, _width(HEAD_DIM), 1)
+    out_rows = rows.slice(0, VALUE_WIDTH, 1)
     scale2 = scale * _LOG2E
-    # Products that begin anew ignore the accumulator; zeros in its place would cost instructions.
     score = gl.zeros([ROWS, KEYS], gl.float32, score_layout)
     step = 0
     turn = 0
     slot = gl.program_id(0)
-    rows.store(
-        _load_rows(
-            q,
-            slot,
-            order,
-            n_m,
-            heads,
-            tokens,
-            positions,
-            q_strides,
-            GROUP,
-            DIM,
-            BLOCK_M,
-            ORDERED,
-            wide,
-        )
+    q_rows.store(
+        _load_rows(query, slot, lists, sizes, tokens, GROUP, HEAD_DIM, BLOCK_M, ORDERED, q_layout)
     )
     fence_async_shared()
     while slot < total_tiles:
@@ -351,14 +441,14 @@ def _consume(
         here = index + row * n_n
         top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         total = _part_sums(gl.zeros([ROWS, KEYS], gl.float32, score_layout))
-        acc = gl.zeros([ROWS, DIM], gl.float32, acc_layout)
+        accs = _no_values(ROWS, VALUE_DIM)
         weight = gl.zeros([ROWS, KEYS], dtype, weight_layout)
         stage = step % STAGES
         phase = (step // STAGES) & 1
         if listed > 0:
             mbarrier.wait(k_full.index(stage), phase)
             keys = k_steps.index(stage).permute((1, 0))
-            score = warpgroup_mma(rows, keys, score, use_acc=False, is_async=True)
+            score = _scores(q_rows, keys, score, HEAD_DIM)
             score = warpgroup_mma_wait(0, deps=(score,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             if whole == 0:
@@ -377,16 +467,16 @@ def _consume(
                 stage = after
                 phase = after_phase
                 keys = k_steps.index(stage).permute((1, 0))
-                score = warpgroup_mma(rows, keys, score, use_acc=False, is_async=True)
+                score = _scores(q_rows, keys, score, HEAD_DIM)
                 mbarrier.wait(v_full.index(before), before_phase)
                 if HAS_MASK:
                     if first > whole:
                         _blank(
                             v_steps.index(before), first - _PAIR, listed, here, batch, mask,
-                            kv_len, BLOCK_N, wide,
+                            kv_len, BLOCK_N, value_layout,
                         )  # fmt: skip
-                acc = warpgroup_mma(weight, v_steps.index(before), acc, is_async=True)
-                score = warpgroup_mma_wait(1, deps=(score,))
+                accs = _add_values(accs, weight, v_steps.index(before))
+                score = warpgroup_mma_wait(len(accs), deps=(score,))
                 if first >= whole:
                     seen = _seen(
                         first, listed, here, batch, mask, kv_len, BLOCK_N, HAS_MASK, key_layout
@@ -396,15 +486,17 @@ def _consume(
                 fresh = exact.to(dtype)
                 # The next keys are awaited here, and the fresh weights go through the wait below,
                 # for what it keeps the assembler from: moving the exponentials behind that wait,
-                # where no product runs beside them.
+                # where no product runs beside them. (Triton has no stars in tuples.)
                 step += 1
                 after = step % STAGES
                 after_phase = (step // STAGES) & 1
                 mbarrier.wait(k_full.index(after), after_phase, pred=first + _PAIR < listed)
-                acc, weight, fresh = warpgroup_mma_wait(0, deps=(acc, weight, fresh))
+                waited = warpgroup_mma_wait(0, deps=(weight, fresh) + accs)  # noqa: RUF005
+                fresh = waited[1]
+                accs = waited[2:]
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 mbarrier.arrive(v_empty.index(before), count=1)
-                acc = acc * gl.expand_dims(gl.convert_layout(shrink, acc_row_layout), 1)
+                accs = _times(accs, shrink)
                 weight = gl.convert_layout(fresh, weight_layout)
 
         # The next rows are on their way while these are finished.
@@ -414,19 +506,7 @@ def _consume(
         turn += 1
         known = gl.minimum(following, total_tiles - 1)
         next_rows = _load_rows(
-            q,
-            known,
-            order,
-            n_m,
-            heads,
-            tokens,
-            positions,
-            q_strides,
-            GROUP,
-            DIM,
-            BLOCK_M,
-            ORDERED,
-            wide,
+            query, known, lists, sizes, tokens, GROUP, HEAD_DIM, BLOCK_M, ORDERED, q_layout
         )
 
         if listed > 0:
@@ -435,28 +515,33 @@ def _consume(
                 if whole < listed:
                     _blank(
                         v_steps.index(stage), (listed - 1) // _PAIR * _PAIR, listed, here, batch,
-                        mask, kv_len, BLOCK_N, wide,
+                        mask, kv_len, BLOCK_N, value_layout,
                     )  # fmt: skip
-            acc = warpgroup_mma(weight, v_steps.index(stage), acc, is_async=True)
-            acc, weight = warpgroup_mma_wait(0, deps=(acc, weight))
+            accs = _add_values(accs, weight, v_steps.index(stage))
+            accs = warpgroup_mma_wait(0, deps=(weight,) + accs)[1:]  # noqa: RUF005
             mbarrier.arrive(v_empty.index(stage), count=1)
 
         row_total = gl.convert_layout(gl.sum(total, 1), row_layout)
         at, real = _rows_at(tile, tokens, positions, GROUP, BLOCK_M, ORDERED, row_layout)
         log_energy = (top + gl.log2(row_total)) * _LN2
         gl.store(lse + (batch * heads + head).to(gl.int64) * q_len + at, log_energy, mask=real)
-        factor = gl.convert_layout(1.0 / gl.where(row_total == 0, 1.0, row_total), acc_row_layout)
+        means = _times(accs, 1.0 / gl.where(row_total == 0, 1.0, row_total))
         # Through the memory of the rows, so that whole lines are written.
-        rows.store((acc * gl.expand_dims(factor, 1)).to(dtype))
-        mean = rows.load(wide)
+        out_rows.slice(0, MAIN, 1).store(means[0].to(dtype))
+        if REST:
+            out_rows.slice(MAIN, REST, 1).store(means[1].to(dtype))
+        mean = out_rows.load(value_layout)
         at, real = _rows_at(
-            tile, tokens, positions, GROUP, BLOCK_M, ORDERED, gl.SliceLayout(1, wide)
+            tile, tokens, positions, GROUP, BLOCK_M, ORDERED, gl.SliceLayout(1, value_layout)
         )
-        dims = gl.arange(0, DIM, gl.SliceLayout(0, wide))
-        base = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
-        where = gl.expand_dims(at.to(gl.int64) * out_l, 1) + gl.expand_dims(dims, 0)
-        gl.store(base + where, mean, mask=gl.expand_dims(real, 1))
-        rows.store(next_rows)
+        dims = gl.arange(0, VALUE_WIDTH, gl.SliceLayout(0, value_layout))
+        # Rows begin at multiples of 8 channels, which strides that are none of 16 do not tell.
+        base = out + gl.multiple_of(batch.to(gl.int64) * out_b, 8)
+        base += gl.multiple_of(head.to(gl.int64) * out_h, 8)
+        row_start = gl.multiple_of(at.to(gl.int64) * out_l, 8)
+        where = gl.expand_dims(row_start, 1) + gl.expand_dims(dims, 0)
+        gl.store(base + where, mean, mask=_inside(real, dims, VALUE_DIM))
+        q_rows.store(next_rows)
         fence_async_shared()
         slot = following
 
@@ -477,23 +562,28 @@ def _attend(
     q, k_desc, v_desc, key_mask, tokens, index, count, order, queue, out, lse,
     q_len, positions, kv_len, n_m, n_n, heads, heads_per_key_head, total_tiles, scale,
     q_b, q_h, q_l, q_d, out_b, out_h, out_l, mask_b, mask_l,
-    DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    HAS_MASK: gl.constexpr, ORDERED: gl.constexpr,
+    HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, HAS_MASK: gl.constexpr, ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program per multiprocessor: memory and barriers, then three groups of warps."""
     dtype: gl.constexpr = k_desc.dtype
     KEYS: gl.constexpr = _PAIR * BLOCK_N
-    COPIES: gl.constexpr = STAGES * _PAIR * DIM // _SWIZZLE
+    K_WIDTH: gl.constexpr = _width(HEAD_DIM)
+    V_WIDTH: gl.constexpr = _width(VALUE_DIM)
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     one: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    rows = gl.allocate_shared_memory(dtype, [_GROUPS, BLOCK_M // _GROUPS, DIM], layout)
-    k_steps = gl.allocate_shared_memory(dtype, [STAGES, KEYS, DIM], layout)
-    v_steps = gl.allocate_shared_memory(dtype, [STAGES, KEYS, DIM], layout)
+    rows = gl.allocate_shared_memory(
+        dtype, [_GROUPS, BLOCK_M // _GROUPS, max(K_WIDTH, V_WIDTH)], layout
+    )
+    k_steps = gl.allocate_shared_memory(dtype, [STAGES, KEYS, K_WIDTH], layout)
+    v_steps = gl.allocate_shared_memory(dtype, [STAGES, KEYS, V_WIDTH], layout)
     # The same memory as TMA fills it: for each 64 channels one tile of keys after the other.
-    k_tiles = k_steps._reinterpret(dtype, [COPIES, 1, 1, BLOCK_N, _SWIZZLE], k_desc.layout)
-    v_tiles = v_steps._reinterpret(dtype, [COPIES, 1, 1, BLOCK_N, _SWIZZLE], v_desc.layout)
+    K_COPIES: gl.constexpr = STAGES * _PAIR * K_WIDTH // _SWIZZLE
+    V_COPIES: gl.constexpr = STAGES * _PAIR * V_WIDTH // _SWIZZLE
+    k_tiles = k_steps._reinterpret(dtype, [K_COPIES, 1, 1, BLOCK_N, _SWIZZLE], k_desc.layout)
+    v_tiles = v_steps._reinterpret(dtype, [V_COPIES, 1, 1, BLOCK_N, _SWIZZLE], v_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -514,23 +604,23 @@ def _attend(
     lists = (index, count, order)
     sizes = (n_m, n_n, heads, heads_per_key_head, total_tiles, q_len, positions, kv_len)
     mask = (key_mask, mask_b, mask_l)
-    q_strides = (q_b, q_h, q_l, q_d)
-    out_strides = (out_b, out_h, out_l)
+    query = (q, q_b, q_h, q_l, q_d)
+    output = (out, out_b, out_h, out_l)
     gl.warp_specialize(
         [
             (_consume, (
                 rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
-                q, q_strides, out, out_strides, lse, scale,
-                0, DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK, ORDERED,
+                query, output, lse, scale,
+                0, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK, ORDERED,
             )),
             (_consume, (
                 rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
-                q, q_strides, out, out_strides, lse, scale,
-                1, DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK, ORDERED,
+                query, output, lse, scale,
+                1, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK, ORDERED,
             )),
             (_produce, (
                 k_desc, v_desc, k_tiles, v_tiles, bars, lists, sizes, queue, slots,
-                DIM, BLOCK_N, STAGES,
+                K_WIDTH, V_WIDTH, BLOCK_N, STAGES,
             )),
         ],
         [4, 1],

@@ -21,7 +21,7 @@ from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
 from cef_compile.kernels.centroids import Centroids, arrange, centroids
 from cef_compile.kernels.descriptor import can_describe
-from cef_compile.kernels.engines import LIST_ENGINES, ONLINE_ENGINES, Call, find_engine
+from cef_compile.kernels.engines import Call, find_engine
 from cef_compile.kernels.lists import Lists, lists, threshold
 from cef_compile.kernels.order import Layout
 from cef_compile.kernels.plan import plan, variance_factor
@@ -115,9 +115,7 @@ def planned(
         tiled_k, tiled_v, tiled_mask = arranged.k, arranged.v, arranged.key_mask
         tokens, exact_tiles, cents = arranged.tokens, layout.exact_tiles, arranged.centroids
     partial = tiled_mask is not None or tiled_k.shape[2] % c.BLOCK_N != 0
-    engine = _engine(
-        LIST_ENGINES, engine, q, tiled_k, tiled_v, tiled_mask, tokens, compensate=compensate
-    )
+    engine = _engine(engine, q, tiled_k, tiled_v, tiled_mask, tokens, compensate=compensate)
     ranked = plan(
         q,
         cents.stats,
@@ -163,7 +161,6 @@ def planned(
 
 
 def _engine(
-    among: tuple[str, ...],
     wanted: str | None,
     q: Tensor,
     k: Tensor,
@@ -172,6 +169,7 @@ def _engine(
     tokens: Tensor | None,
     *,
     compensate: bool = False,
+    online: bool = False,
 ) -> str:
     """The engine of a call, k and v being what it reads."""
     call = Call(
@@ -183,8 +181,9 @@ def _engine(
         masked=key_mask is not None,
         ordered=tokens is not None,
         compensate=compensate,
+        online=online,
     )
-    return find_engine(call, wanted, among)
+    return find_engine(call, wanted)
 
 
 def _attend(
@@ -283,7 +282,7 @@ def online(
         arranged = arrange(k, v, key_mask, layout)
         tiled_k, tiled_v, tiled_mask = arranged.k, arranged.v, arranged.key_mask
         tokens, exact_tiles = arranged.tokens, layout.exact_tiles
-    engine = _engine(ONLINE_ENGINES, engine, q, tiled_k, tiled_v, tiled_mask, tokens)
+    engine = _engine(engine, q, tiled_k, tiled_v, tiled_mask, tokens, online=True)
     if engine == "hopper":
         from cef_compile.kernels import hopper_online
 

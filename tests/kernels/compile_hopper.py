@@ -1,6 +1,6 @@
 """Compiles the Gluon kernel for Hopper, which needs no GPU, and says what came out.
 
-    python compile_hopper.py HEAD_DIM MASKED ORDERED
+    python compile_hopper.py HEAD_DIM VALUE_DIM MASKED ORDERED
 
 Apart from the tests, whose process may run Triton's interpreter.
 """
@@ -30,11 +30,14 @@ POINTERS = {
 ALIGNED = {*POINTERS, "q_b", "q_h", "q_l", "out_b", "out_h", "out_l"}
 
 
-def build(dim: int, masked: bool, ordered: bool) -> triton.compiler.CompiledKernel:
+def build(
+    head_dim: int, value_dim: int, masked: bool, ordered: bool
+) -> triton.compiler.CompiledKernel:
     """The kernel as ``hopper.attend`` launches it, for contiguous rows."""
     kernel = hopper._attend
     layout = gl.NVMMASharedLayout(128, 16, 4)
-    given = hopper.constants(dim, masked=masked, ordered=ordered) | {"q_d": 1, "mask_l": 1}
+    given = hopper.constants(head_dim, value_dim, masked=masked, ordered=ordered)
+    given |= {"q_d": 1, "mask_l": 1}
     signature, constants, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         if name in given:
@@ -67,7 +70,7 @@ def beside_products(code: list[str]) -> list[int]:
     """Exponentials between the wait for the scores and the wait for the product that runs on."""
     found = []
     for at, line in enumerate(code):
-        if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line:
+        if "WARPGROUP.DEPBAR.LE gsb0, 0x" in line and "0x0" not in line:
             rest = code[at + 1 :]
             until = next(i for i, other in enumerate(rest) if "WARPGROUP.DEPBAR" in other)
             found.append(sum("MUFU.EX2" in other for other in rest[:until]))
@@ -75,7 +78,7 @@ def beside_products(code: list[str]) -> list[int]:
 
 
 def main() -> None:
-    kernel = build(int(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True")
+    kernel = build(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True", sys.argv[4] == "True")
     code = machine_code(kernel)
     print(
         json.dumps(
