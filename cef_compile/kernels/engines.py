@@ -34,6 +34,7 @@ class Call:
         ordered: there is a token order.
         compensate: dropped tiles are put back as pseudo-tokens.
         online: it is the online filter's, not one over lists.
+        bound: tiles are judged by bounds of their energy.
     """
 
     architecture: int
@@ -45,6 +46,7 @@ class Call:
     ordered: bool = False
     compensate: bool = False
     online: bool = False
+    bound: bool = False
 
 
 def find_engine(call: Call, wanted: str | None = None) -> str:
@@ -72,6 +74,8 @@ def lacks(engine: str, call: Call) -> str:
         return f"dtype {call.dtype}"
     if call.compensate:
         return "compensate=True"
+    if call.bound:
+        return "bound=True"
     dims = f"head_dim {call.dim} and {call.value_dim}"
     if engine == "hopper" and not call.online:
         if not {call.dim, call.value_dim} <= set(_HOPPER_LIST_DIMS):

@@ -1,10 +1,10 @@
 """The online filter on Hopper: what ``online`` does, one level lower, in Gluon.
 
-One program has a query tile, in the registers of two groups of 4 warps, and goes through all key
-tiles. The scores of the next tile are computed while the present one is judged, so that the tensor
-cores do not wait for the verdict of all rows. The values of a tile are only fetched once it is to
-be kept, and meet their weights when the tile after it is kept: by then they are there. A verdict is
-a barrier, behind which the memory of the keys just judged is free: no warp is needed to guard it.
+A program of four warps has a query tile, and goes through all key tiles: scores, a verdict of all
+rows, and for a kept tile the product with its values, which are only fetched then. Each of these
+waits for the one before, so two programs share a multiprocessor, and one computes while the other
+judges. A verdict is a barrier, behind which the memory of the keys just judged is free: no warp is
+needed to guard it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,12 @@ from cef_compile.kernels.descriptor import strides
 _LN2 = gl.constexpr(math.log(2.0))
 _LOG2E = gl.constexpr(math.log2(math.e))
 _RECALL_UNIT = gl.constexpr(c.RECALL_UNIT)
-_LEAST_DIM: Final = 64
-"""Of 16-bit channels: rows of 128 bytes are what shared memory is swizzled by."""
 _COUNT_BLOCK: Final = 16
 """Key tiles whose mask is looked at in one step when visible tiles are counted."""
-_KEY_STAGES: Final = 4
-"""Key tiles in shared memory: the one judged, the one whose scores are computed, two on the way."""
-_VALUE_STAGES: Final = 2
-"""Value tiles: that of the last kept tile, and that of the one before while it is multiplied."""
-OPTIONS: Final = {"num_warps": 8, "maxnreg": 255}
-"""Two groups of 4 warps; 256 threads of 255 registers are what a multiprocessor has."""
+_KEY_STAGES: Final = 3
+"""Key tiles in shared memory: the one that is judged, and two on the way."""
+OPTIONS: Final = {"num_warps": 4, "maxnreg": 255}
+"""So that two programs fit a multiprocessor, whose 65,536 registers they share."""
 
 
 def online(
@@ -54,16 +50,14 @@ def online(
     key_mask: Tensor | None,
     rule: str,
     certify: str,
-    bound: bool,
     tokens: Tensor | None = None,
     exact_tiles: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Filter in one pass over all key tiles, as the Triton kernel of the same name does.
+    """Filter in one pass over all key tiles, as the Triton kernel does with ``bound=False``.
 
     Args:
-        q, k, v: bf16 or fp16, one head_dim of at most 128; k and v with strides that TMA takes.
-        control, scale, even, key_mask, rule, certify, bound, tokens, exact_tiles: as for that
-            kernel.
+        q, k, v: bf16 or fp16, head_dim 64 or 128; k and v with strides that TMA takes.
+        control, scale, even, key_mask, rule, certify, tokens, exact_tiles: as for that kernel.
 
     Returns:
         out, lse, recall, kept and sums, as that kernel's.
@@ -113,7 +107,6 @@ def online(
                 exact=exact_tiles is not None,
                 rule=rule,
                 certify=certify,
-                bound=bound,
             ),
             **OPTIONS,
         )
@@ -130,17 +123,14 @@ def constants(
     exact: bool,
     rule: str,
     certify: str,
-    bound: bool,
 ) -> dict[str, object]:
     """What the kernel is compiled for."""
     return {
         "DIM": dim,
-        "BLOCK_D": _padded(dim),
         "BLOCK_M": c.BLOCK_M,
         "BLOCK_N": c.BLOCK_N,
         "COUNT_BLOCK": _COUNT_BLOCK,
         "KEY_STAGES": _KEY_STAGES,
-        "VALUE_STAGES": _VALUE_STAGES,
         "RAGGED": ragged,
         "HAS_MASK": masked,
         "SAME_LENGTH": same_length,
@@ -148,7 +138,6 @@ def constants(
         "EXACT": exact,
         "RULE": rule,
         "CERTIFY": certify,
-        "BOUND": bound,
         "STRIDE": c.ONLINE_MAX_STRIDE,
         "TARGET": c.CONTROL_TARGET,
         "LOG2_THRESHOLD": c.CONTROL_LOG2_THRESHOLD,
@@ -156,13 +145,9 @@ def constants(
     }
 
 
-def _padded(dim: int) -> int:
-    return max(c.padded_dim(dim), _LEAST_DIM)
-
-
 def _describe(x: Tensor) -> TensorDescriptor:
     """Descriptor of a tile of keys, zeros beyond the edges of ``x``."""
-    block = [1, 1, c.BLOCK_N, _padded(x.shape[3])]
+    block = [1, 1, c.BLOCK_N, x.shape[3]]
     layout = gl.NVMMASharedLayout(128, 16, len(block))
     return TensorDescriptor(x, list(x.shape), strides(x), block, layout)
 
@@ -175,12 +160,6 @@ def _copy(desc, batch, key_head, first, tiles, stage, full, wanted):
     tma.async_copy_global_to_shared(
         desc, [batch, key_head, first, 0], full.index(stage), tiles.index(stage), pred=wanted
     )
-
-
-@gluon.jit
-def _await_keys(step, n_n, k_full, KEY_STAGES: gl.constexpr):
-    """Waits for the keys of a step, if there is one."""
-    mbarrier.wait(k_full.index(step % KEY_STAGES), (step // KEY_STAGES) & 1, pred=step < n_n)
 
 
 @gluon.jit
@@ -233,11 +212,11 @@ def _log2_threshold(
 
 @gluon.jit
 def _affordable(
-    judged, gathered, lost, real, rows, budget, left,
+    energy, gathered, lost, real, rows, budget, left,
     CERTIFY: gl.constexpr, STRIDE: gl.constexpr,
 ):  # fmt: skip
     """For each row, whether the budget lets this tile go: that of all rows, or its own."""
-    spent, cost = lost / gathered, judged / gathered
+    spent, cost = lost / gathered, energy / gathered
     if CERTIFY == "mean":
         spent = gl.sum(gl.where(real, spent, 0.0), 0) / rows
         cost = gl.sum(gl.where(real, cost, 0.0), 0) / rows
@@ -250,137 +229,25 @@ def _unanimous(yes, votes):
     said = gl.inline_asm_elementwise(
         """{
             .reg .pred mine, all;
-            setp.ne.s32 mine, $2, 0;
-            setp.ne.and.s32 mine, $3, 0, mine;
+            setp.ne.s32 mine, $4, 0;
+            setp.ne.and.s32 mine, $5, 0, mine;
+            setp.ne.and.s32 mine, $6, 0, mine;
+            setp.ne.and.s32 mine, $7, 0, mine;
             barrier.cta.red.and.pred all, 0, mine;
             selp.s32 $0, 1, 0, all;
             mov.b32 $1, $0;
+            mov.b32 $2, $0;
+            mov.b32 $3, $0;
         }""",
-        "=r,=r,r,r",
+        "=r,=r,=r,=r,r,r,r,r",
         [yes.to(gl.int32)],
         dtype=gl.int32,
         is_pure=False,
-        pack=2,  # the rows of a thread
+        pack=4,  # the rows of a thread
     )
     votes.store(said)
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     return gl.max(votes.slice(0, 1).load(one), 0)
-
-
-@gluon.jit
-def _step(
-    step, score, spare, rows, state, begin, tiles, bars, descs, sizes, mask, limits,
-    BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
-    KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
-    RAGGED: gl.constexpr, HAS_MASK: gl.constexpr, EXACT: gl.constexpr, RULE: gl.constexpr,
-    CERTIFY: gl.constexpr, BOUND: gl.constexpr, STRIDE: gl.constexpr,
-):  # fmt: skip
-    """Judges a tile by its scores, while those of the next one are computed.
-
-    Args:
-        score: of this tile; spare is where those of the next come, whatever it holds.
-        state: row maxima; those that the weights, and the accumulator, are measured against; kept
-            and lost energy; the accumulator; weights of the last kept tile; tiles kept, and left.
-
-    Returns:
-        scores of the next tile, and the new state.
-    """
-    top, weight_top, acc_top, gathered, lost, acc, weight, number, left = state
-    start, batch, key_head, real, real_rows, exact_row, exact_n = begin
-    k_steps, v_steps, k_tiles, v_tiles, votes = tiles
-    k_full, v_full = bars
-    k_desc, v_desc = descs
-    n_n, kv_len = sizes
-    scale2, target, threshold, log2_threshold, budget = limits
-    score_layout: gl.constexpr = score.type.layout
-    weight_layout: gl.constexpr = weight.type.layout
-    acc_row_layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    key_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
-
-    keys = k_steps.index((step + 1) % KEY_STAGES).permute((1, 0))
-    coming = warpgroup_mma(rows, keys, spare, use_acc=False, is_async=True)
-    # Here and not at the end, since it ends a block of code: the assembler would judge first and
-    # multiply then.
-    _await_keys(step + 2, n_n, k_full, KEY_STAGES)
-
-    first = _first_key(step, start, n_n, BLOCK_N)
-    there = step < n_n
-    keys_seen = gl.where(there, gl.minimum(kv_len - first, BLOCK_N), 0)
-    if HAS_MASK:
-        seen = _seen(first, batch, mask, kv_len, BLOCK_N, key_layout)
-        keys_seen = gl.where(there, gl.sum(seen.to(gl.int32), 0), 0)
-        score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
-    elif RAGGED:
-        seen = first + gl.arange(0, BLOCK_N, key_layout) < kv_len
-        score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
-    # What lies beyond the last tile is judged too, and must leave no trace.
-    high = gl.where(there, gl.max(score, 1) * scale2, float("-inf"))
-    new_top = gl.maximum(top, high)
-    # Subtracting a maximum of -inf would make NaN of rows that have met nothing yet.
-    anchor = gl.where(new_top == float("-inf"), 0.0, new_top)
-    shrink = gl.exp2(top - anchor)
-    gathered = gathered * shrink
-    lost = lost * shrink
-    if BOUND:
-        judged = keys_seen.to(gl.float32) * gl.exp2(high - anchor)
-    else:
-        exact = gl.exp2(score * scale2 - gl.expand_dims(anchor, 1))
-        judged = gl.where(there, gl.sum(exact, 1), 0.0)
-    if RULE == "share":
-        small = judged < threshold * (gathered + lost)
-    elif RULE == "lse":
-        small = gl.exp2(high - anchor) < threshold * gathered
-    else:
-        small = high - top < log2_threshold
-    if CERTIFY != "none":
-        small = small & _affordable(
-            judged, gathered, lost, real, real_rows, budget, left.to(gl.float32), CERTIFY, STRIDE
-        )
-    verdict = _unanimous(small | (real == 0), votes)
-    drop = (target < 1) & (verdict == 1)
-    if EXACT:
-        drop = drop & (exact_row == 0) & (first < exact_n * BLOCK_N)
-    # A tile that nobody sees has nothing to lose and nothing to give.
-    drop = drop | (keys_seen == 0)
-    top = new_top
-    left -= (keys_seen > 0).to(gl.int32)
-
-    # All warps have voted, so all have these scores: the memory of their keys is free. That the
-    # verdict is asked for keeps the copy behind it.
-    wanted = (step + KEY_STAGES < n_n) & (verdict >= 0)
-    then = _first_key(step + KEY_STAGES, start, n_n, BLOCK_N)
-    _copy(k_desc, batch, key_head, then, k_tiles, step % KEY_STAGES, k_full, wanted)
-    if drop:
-        lost += judged
-    else:
-        place = number % VALUE_STAGES
-        _copy(v_desc, batch, key_head, first, v_tiles, place, v_full, verdict >= 0)
-        if HAS_MASK:
-            mbarrier.wait(v_full.index(place), (number // VALUE_STAGES) & 1)
-            _blank(v_steps.index(place), first, batch, mask, kv_len, BLOCK_D, BLOCK_N)
-        acc = _add(acc, weight, v_steps, v_full, number - 1, acc_top, weight_top, VALUE_STAGES)
-        acc_top = weight_top
-        if BOUND:
-            exact = gl.exp2(score * scale2 - gl.expand_dims(anchor, 1))
-            gathered += gl.sum(exact, 1)
-        else:
-            gathered += judged
-        fresh = exact.to(weight.dtype)
-        acc, weight, fresh = warpgroup_mma_wait(0, deps=(acc, weight, fresh))
-        weight = gl.convert_layout(fresh, weight_layout)
-        weight_top = gl.convert_layout(new_top, acc_row_layout)
-        number += 1
-    coming = warpgroup_mma_wait(0, deps=(coming,))
-    return coming, (top, weight_top, acc_top, gathered, lost, acc, weight, number, left)
-
-
-@gluon.jit
-def _add(acc, weight, v_steps, v_full, number, acc_top, weight_top, VALUE_STAGES: gl.constexpr):
-    """The accumulator and the values of a kept tile, which is not waited for."""
-    place = number % VALUE_STAGES
-    acc = acc * gl.expand_dims(gl.exp2(acc_top - _anchor(weight_top)), 1)
-    mbarrier.wait(v_full.index(place), (number // VALUE_STAGES) & 1)
-    return warpgroup_mma(weight, v_steps.index(place), acc, is_async=True)
 
 
 @gluon.jit
@@ -391,10 +258,10 @@ def _anchor(top):
 
 @gluon.jit
 def _blank(
-    values, first, batch, mask, kv_len, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr,
+    values, first, batch, mask, kv_len, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Zeroes the values of hidden keys, which may be NaN and would outlive a weight of 0."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     seen = _seen(first, batch, mask, kv_len, BLOCK_N, gl.SliceLayout(1, layout))
     values.store(gl.where(gl.expand_dims(seen, 1), values.load(layout), 0.0))
     fence_async_shared()
@@ -417,38 +284,38 @@ def _online(
     q, k_desc, v_desc, key_mask, control, tokens, out, lse, recall, kept, sums,
     q_len, positions, kv_len, n_m, n_n, heads, heads_per_key_head, scale, even, exact_m, exact_n,
     q_b, q_h, q_l, q_d, out_b, out_h, out_l, mask_b, mask_l,
-    DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    COUNT_BLOCK: gl.constexpr, KEY_STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr,
+    DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    COUNT_BLOCK: gl.constexpr, KEY_STAGES: gl.constexpr,
     RAGGED: gl.constexpr, HAS_MASK: gl.constexpr, SAME_LENGTH: gl.constexpr,
     ORDERED: gl.constexpr, EXACT: gl.constexpr, RULE: gl.constexpr, CERTIFY: gl.constexpr,
-    BOUND: gl.constexpr, STRIDE: gl.constexpr, TARGET: gl.constexpr,
+    STRIDE: gl.constexpr, TARGET: gl.constexpr,
     LOG2_THRESHOLD: gl.constexpr, FIXED: gl.constexpr,
 ):  # fmt: skip
     """One program per query tile, a head's tiles side by side."""
     dtype: gl.constexpr = k_desc.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_D, 16])
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
+    key_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
     acc_row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
 
-    memory = gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_D], layout)
-    k_steps = gl.allocate_shared_memory(dtype, [KEY_STAGES, BLOCK_N, BLOCK_D], layout)
-    v_steps = gl.allocate_shared_memory(dtype, [VALUE_STAGES, BLOCK_N, BLOCK_D], layout)
+    memory = gl.allocate_shared_memory(dtype, [BLOCK_M, DIM], layout)
+    k_steps = gl.allocate_shared_memory(dtype, [KEY_STAGES, BLOCK_N, DIM], layout)
+    v_steps = gl.allocate_shared_memory(dtype, [1, BLOCK_N, DIM], layout)
     # The same memory, as the copies know it.
-    k_tiles = k_steps._reinterpret(dtype, [KEY_STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
-    v_tiles = v_steps._reinterpret(dtype, [VALUE_STAGES, 1, 1, BLOCK_N, BLOCK_D], v_desc.layout)
+    k_tiles = k_steps._reinterpret(dtype, [KEY_STAGES, 1, 1, BLOCK_N, DIM], k_desc.layout)
+    v_tiles = v_steps._reinterpret(dtype, [1, 1, 1, BLOCK_N, DIM], v_desc.layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     votes = gl.allocate_shared_memory(gl.int32, [BLOCK_M], flat)
     k_full = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], bar)
-    v_full = gl.allocate_shared_memory(gl.int64, [VALUE_STAGES, 1], bar)
-    for stage in gl.static_range(KEY_STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-    for stage in gl.static_range(VALUE_STAGES):
-        mbarrier.init(v_full.index(stage), count=1)
+    v_full = gl.allocate_shared_memory(gl.int64, [1, 1], bar)
+    for i in gl.static_range(KEY_STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+    mbarrier.init(v_full.index(0), count=1)
     fence_async_shared()
 
     tile = gl.program_id(0) % n_m
@@ -460,70 +327,106 @@ def _online(
         start = gl.minimum(tile * BLOCK_M // BLOCK_N, n_n - 1)
     else:
         start = (tile.to(gl.int64) * n_n // n_m).to(gl.int32)
-    for step in gl.static_range(KEY_STAGES):
-        first = _first_key(step, start, n_n, BLOCK_N)
-        _copy(k_desc, batch, key_head, first, k_tiles, step, k_full, step < n_n)
+    for i in gl.static_range(KEY_STAGES):
+        early = _first_key(i, start, n_n, BLOCK_N)
+        _copy(k_desc, batch, key_head, early, k_tiles, i, k_full, i < n_n)
 
     at, real = _rows_at(tile, tokens, positions, BLOCK_M, ORDERED, gl.SliceLayout(1, wide))
-    dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, wide))
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, wide))
     used = gl.expand_dims(real, 1)
-    if DIM < BLOCK_D:
-        used = used & gl.expand_dims(dims < DIM, 0)
     where = gl.expand_dims(at.to(gl.int64) * q_l, 1) + gl.expand_dims(dims.to(gl.int64) * q_d, 0)
     q += batch.to(gl.int64) * q_b + head.to(gl.int64) * q_h
     memory.store(gl.load(q + where, mask=used, other=0.0))
-    # Before the first kept tile comes one of zeros, so that each has one before it.
-    v_steps.index(0).store(gl.zeros([BLOCK_N, BLOCK_D], dtype, wide))
-    mbarrier.arrive(v_full.index(0), count=1)
     fence_async_shared()
-    gl.thread_barrier()
 
     at, real = _rows_at(tile, tokens, positions, BLOCK_M, ORDERED, row_layout)
     mask = (key_mask, mask_b, mask_l)
     target = gl.load(control + TARGET)
     log2_threshold = _log2_threshold(control, even, RULE, CERTIFY, TARGET, LOG2_THRESHOLD, FIXED)
     scale2 = scale * _LOG2E
-    limits = (
-        scale2, target, gl.exp2(log2_threshold), log2_threshold, (1.0 - target) / target
-    )  # fmt: skip
+    threshold = gl.exp2(log2_threshold)
+    budget = (1.0 - target) / target
     visible = n_n
     if HAS_MASK:
         visible = _visible(batch, mask, n_n, kv_len, BLOCK_N, COUNT_BLOCK, wide)
+    rows = gl.sum(real.to(gl.float32), 0)
     top = gl.full([BLOCK_M], float("-inf"), gl.float32, row_layout)
-    weight_top = gl.full([BLOCK_M], float("-inf"), gl.float32, acc_row_layout)
-    nothing = gl.zeros([BLOCK_M], gl.float32, row_layout)
-    acc = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, acc_layout)
-    weight = gl.zeros([BLOCK_M, BLOCK_N], dtype, weight_layout)
-    state = (top, weight_top, weight_top, nothing, nothing, acc, weight, 1, visible)
-    rows_real = gl.sum(real.to(gl.float32), 0)
-    begin = (start, batch, key_head, real, rows_real, tile >= exact_m, exact_n)
-    tiles = (k_steps, v_steps, k_tiles, v_tiles, votes)
+    # What acc is measured against: it moves only when a tile is kept.
+    acc_top = top
+    gathered = gl.zeros([BLOCK_M], gl.float32, row_layout)
+    lost = gl.zeros([BLOCK_M], gl.float32, row_layout)
+    acc = gl.zeros([BLOCK_M, DIM], gl.float32, acc_layout)
+    # A product that begins anew ignores the accumulator; zeros in its place cost instructions.
+    score = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, score_layout)
+    left = visible
+    number = n_n * 0  # a tensor, since the loop makes it one
 
-    one = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, score_layout)
-    two = one
-    _await_keys(0, n_n, k_full, KEY_STAGES)
-    one = warpgroup_mma(memory, k_steps.index(0).permute((1, 0)), one, use_acc=False, is_async=True)
-    _await_keys(1, n_n, k_full, KEY_STAGES)
-    one = warpgroup_mma_wait(0, deps=(one,))
-    # By twos, so that scores are never moved between registers; one tile too many has no keys.
-    for step in range(0, n_n, 2):
-        two, state = _step(
-            step, one, two, memory, state, begin, tiles, (k_full, v_full), (k_desc, v_desc),
-            (n_n, kv_len), mask, limits, BLOCK_D, BLOCK_N, KEY_STAGES, VALUE_STAGES,
-            RAGGED, HAS_MASK, EXACT, RULE, CERTIFY, BOUND, STRIDE,
-        )  # fmt: skip
-        one, state = _step(
-            step + 1, two, one, memory, state, begin, tiles, (k_full, v_full), (k_desc, v_desc),
-            (n_n, kv_len), mask, limits, BLOCK_D, BLOCK_N, KEY_STAGES, VALUE_STAGES,
-            RAGGED, HAS_MASK, EXACT, RULE, CERTIFY, BOUND, STRIDE,
-        )  # fmt: skip
-    top, weight_top, acc_top, gathered, lost, acc, weight, number, _left = state
-    acc = _add(acc, weight, v_steps, v_full, number - 1, acc_top, weight_top, VALUE_STAGES)
-    acc, weight = warpgroup_mma_wait(0, deps=(acc, weight))
-    number -= 1
+    for step in range(0, n_n):
+        first = _first_key(step, start, n_n, BLOCK_N)
+        stage = step % KEY_STAGES
+        mbarrier.wait(k_full.index(stage), (step // KEY_STAGES) & 1)
+        keys = k_steps.index(stage).permute((1, 0))
+        score = warpgroup_mma(memory, keys, score, use_acc=False, is_async=True)
+        score = warpgroup_mma_wait(0, deps=(score,))
+
+        keys_seen = gl.minimum(kv_len - first, BLOCK_N)
+        if HAS_MASK:
+            seen = _seen(first, batch, mask, kv_len, BLOCK_N, key_layout)
+            keys_seen = gl.sum(seen.to(gl.int32), 0)
+            score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
+        elif RAGGED:
+            seen = first + gl.arange(0, BLOCK_N, key_layout) < kv_len
+            score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
+        high = gl.max(score, 1) * scale2
+        new_top = gl.maximum(top, high)
+        anchor = _anchor(new_top)
+        shrink = gl.exp2(top - anchor)
+        gathered = gathered * shrink
+        lost = lost * shrink
+        score = gl.exp2(score * scale2 - gl.expand_dims(anchor, 1))
+        energy = gl.sum(score, 1)
+        if RULE == "share":
+            small = energy < threshold * (gathered + lost)
+        elif RULE == "lse":
+            small = gl.exp2(high - anchor) < threshold * gathered
+        else:
+            small = high - top < log2_threshold
+        if CERTIFY != "none":
+            small = small & _affordable(
+                energy, gathered, lost, real, rows, budget, left.to(gl.float32), CERTIFY, STRIDE
+            )
+        verdict = _unanimous(small | (real == 0), votes)
+        drop = (target < 1) & (verdict == 1)
+        if EXACT:
+            drop = drop & (tile < exact_m) & (first < exact_n * BLOCK_N)
+        # A tile that nobody sees has nothing to lose and nothing to give.
+        drop = drop | (keys_seen == 0)
+        top = new_top
+        left -= (keys_seen > 0).to(gl.int32)
+
+        # All warps have voted, so all have their scores: the memory of these keys is free. That
+        # the verdict is asked for keeps the copy behind it.
+        wanted = (step + KEY_STAGES < n_n) & (verdict >= 0)
+        then = _first_key(step + KEY_STAGES, start, n_n, BLOCK_N)
+        _copy(k_desc, batch, key_head, then, k_tiles, stage, k_full, wanted)
+        if drop:
+            lost += energy
+        else:
+            _copy(v_desc, batch, key_head, first, v_tiles, 0, v_full, verdict >= 0)
+            gathered += energy
+            weight = gl.convert_layout(score.to(dtype), weight_layout)
+            factor = gl.convert_layout(gl.exp2(acc_top - anchor), acc_row_layout)
+            acc = acc * gl.expand_dims(factor, 1)
+            acc_top = top
+            mbarrier.wait(v_full.index(0), number & 1)
+            if HAS_MASK:
+                _blank(v_steps.index(0), first, batch, mask, kv_len, DIM, BLOCK_N)
+            acc = warpgroup_mma(weight, v_steps.index(0), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            number += 1
 
     gone = gathered == 0
-    final = gl.exp2(gl.convert_layout(weight_top, row_layout) - _anchor(top))
+    final = gl.exp2(acc_top - _anchor(top))
     factor = gl.convert_layout(final / gl.where(gone, 1.0, gathered), acc_row_layout)
     met = gathered + lost
     mine = gl.where(met == 0, 1.0, gathered / met)
@@ -543,12 +446,9 @@ def _online(
 
     # Through the memory of the queries, so that whole lines are written.
     memory.store((acc * gl.expand_dims(factor, 1)).to(dtype))
-    gl.thread_barrier()
     mean = memory.load(wide)
     at, real = _rows_at(tile, tokens, positions, BLOCK_M, ORDERED, gl.SliceLayout(1, wide))
     used = gl.expand_dims(real, 1)
-    if DIM < BLOCK_D:
-        used = used & gl.expand_dims(dims < DIM, 0)
     out += batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
     where = gl.expand_dims(at.to(gl.int64) * out_l, 1) + gl.expand_dims(dims, 0)
     gl.store(out + where, mean, mask=used)

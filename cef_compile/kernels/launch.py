@@ -170,6 +170,7 @@ def _engine(
     *,
     compensate: bool = False,
     online: bool = False,
+    bound: bool = False,
 ) -> str:
     """The engine of a call, k and v being what it reads."""
     call = Call(
@@ -182,6 +183,7 @@ def _engine(
         ordered=tokens is not None,
         compensate=compensate,
         online=online,
+        bound=bound,
     )
     return find_engine(call, wanted)
 
@@ -282,7 +284,7 @@ def online(
         arranged = arrange(k, v, key_mask, layout)
         tiled_k, tiled_v, tiled_mask = arranged.k, arranged.v, arranged.key_mask
         tokens, exact_tiles = arranged.tokens, layout.exact_tiles
-    engine = _engine(engine, q, tiled_k, tiled_v, tiled_mask, tokens, online=True)
+    engine = _engine(engine, q, tiled_k, tiled_v, tiled_mask, tokens, online=True, bound=bound)
     if engine == "hopper":
         from cef_compile.kernels import hopper_online
 
@@ -290,6 +292,7 @@ def online(
     else:
         kernel = functools.partial(
             _online.online,
+            bound=bound,
             descriptors=_descriptors(tiled_k, tiled_v),
             warps=tuning.online_warps,
             registers=tuning.online_registers,
@@ -307,7 +310,6 @@ def online(
         key_mask=tiled_mask,
         rule=rule,
         certify=certify,
-        bound=bound,
         tokens=tokens,
         exact_tiles=exact_tiles,
     )

@@ -1,6 +1,9 @@
-"""Compiles the Gluon kernel for Hopper, which needs no GPU, and says what came out.
+"""Compiles a Gluon kernel for Hopper, which needs no GPU, and says what came out.
 
-    python compile_hopper.py HEAD_DIM VALUE_DIM MASKED ORDERED
+    python compile_hopper.py attend HEAD_DIM VALUE_DIM OTHER
+    python compile_hopper.py online HEAD_DIM OTHER
+
+OTHER: True with a key mask and in a token order, False without.
 
 Apart from the tests, whose process may run Triton's interpreter.
 """
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -20,24 +24,43 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels import hopper
+from cef_compile.kernels import hopper, hopper_online
 
 POINTERS = {
     "tokens": "i32",
     "q": "bf16", "out": "bf16", "lse": "fp32", "index": "i16", "count": "i32", "order": "i32",
-    "queue": "i32", "key_mask": "i1",
+    "queue": "i32", "key_mask": "i1", "control": "fp32", "recall": "fp32", "kept": "i32",
+    "sums": "i64",
 }  # fmt: skip
 ALIGNED = {*POINTERS, "q_b", "q_h", "q_l", "out_b", "out_h", "out_l"}
+Built = triton.compiler.CompiledKernel
 
 
-def build(
-    head_dim: int, value_dim: int, masked: bool, ordered: bool
-) -> triton.compiler.CompiledKernel:
-    """The kernel as ``hopper.attend`` launches it, for contiguous rows."""
-    kernel = hopper._attend
+def attend(head_dim: int, value_dim: int, other: bool) -> Built:
+    """The kernel as ``hopper.attend`` launches it."""
+    given = hopper.constants(head_dim, value_dim, masked=other, ordered=other)
+    return build(hopper._attend, given, 64, hopper.OPTIONS)
+
+
+def online(head_dim: int, other: bool) -> Built:
+    """The kernel as ``hopper_online.online`` launches it."""
+    given = hopper_online.constants(
+        head_dim,
+        ragged=other,
+        masked=other,
+        same_length=True,
+        ordered=other,
+        exact=other,
+        rule="share",
+        certify="mean",
+    )
+    return build(hopper_online._online, given, head_dim, hopper_online.OPTIONS)
+
+
+def build(kernel: Any, given: dict[str, Any], width: int, options: dict[str, Any]) -> Built:
+    """A kernel for contiguous rows, whose copies are so many channels wide."""
     layout = gl.NVMMASharedLayout(128, 16, 4)
-    given = hopper.constants(head_dim, value_dim, masked=masked, ordered=ordered)
-    given |= {"q_d": 1, "mask_l": 1}
+    given = {**given, "q_d": 1, "mask_l": 1}
     signature, constants, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         if name in given:
@@ -46,16 +69,16 @@ def build(
         elif name in POINTERS:
             signature[name] = f"*{POINTERS[name]}"
         elif name.endswith("_desc"):
-            signature[name] = f"tensordesc<bf16[1, 1, {c.BLOCK_N}, 64],{layout!r}>"
+            signature[name] = f"tensordesc<bf16[1, 1, {c.BLOCK_N}, {width}],{layout!r}>"
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name in ("scale", "even") else "i32"
         if name in ALIGNED:
             attributes[at,] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=hopper.OPTIONS)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def machine_code(kernel: triton.compiler.CompiledKernel) -> list[str]:
+def machine_code(kernel: Built) -> list[str]:
     """Instructions, one a line."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -78,7 +101,9 @@ def beside_products(code: list[str]) -> list[int]:
 
 
 def main() -> None:
-    kernel = build(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True", sys.argv[4] == "True")
+    *dims, other = sys.argv[2:]
+    make = {"attend": attend, "online": online}[sys.argv[1]]
+    kernel = make(*map(int, dims), other == "True")
     code = machine_code(kernel)
     print(
         json.dumps(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ CALLS = st.builds(
     ordered=st.booleans(),
     compensate=st.booleans(),
     online=st.booleans(),
+    bound=st.booleans(),
 )
 
 
@@ -59,6 +61,7 @@ class TestChoice:
             and (dims in ((64, 64), (128, 128)) if call.online else set(dims) <= SERVED)
             and call.described
             and not call.compensate
+            and not call.bound
         )
         assert find_engine(call) == ("hopper" if fits else "triton")
         assert find_engine(call, "triton") == "triton"
@@ -96,6 +99,9 @@ class TestChoice:
 COMPILE = Path(__file__).with_name("compile_hopper.py")
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program can have on Hopper."""
+MULTIPROCESSOR_MEMORY = 228 * 1024
+PROGRAM_MEMORY = 1024
+"""What the system takes of each program's."""
 
 
 @pytest.mark.parametrize(
@@ -115,11 +121,7 @@ def test_code_for_hopper(
 
     Its scores are over so many channels, and its output comes in so many products.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(COMPILE), *map(str, (head_dim, value_dim, other, other))]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    code = json.loads(found.stdout)
+    code = compiled("attend", head_dim, value_dim, other)
     assert code["shared"] <= SHARED_MEMORY
     # Scores and values, of 16 channels or keys each: first step, loop and last product; two groups.
     assert code["products"] == 2 * 2 * (channels // 16 + pieces * 2 * c.BLOCK_N // 16)
@@ -127,6 +129,24 @@ def test_code_for_hopper(
     # A thread has 64 weights of a step, and two rows that shrink.
     assert code["beside"] == [66, 66]
     assert code["spills"] == 0
+
+
+@pytest.mark.parametrize(("dim", "other"), [(128, False), (64, True)])
+def test_code_of_the_online_filter(dim: int, other: bool) -> None:
+    """Two programs fit a multiprocessor, and the loop multiplies nothing twice."""
+    code = compiled("online", dim, other)
+    assert 2 * (code["shared"] + PROGRAM_MEMORY) <= MULTIPROCESSOR_MEMORY
+    # Of 64 rows each: scores by 16 channels, values by 16 keys.
+    assert code["products"] == 2 * (dim // 16 + c.BLOCK_N // 16)
+
+
+def compiled(*arguments: object) -> dict[str, Any]:
+    """What came out for a kernel, by a process without Triton's interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(COMPILE), *map(str, arguments)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
 
 
 def _engines() -> list[str]:
