@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
-from cef_compile.kernels.engines import LIST_ENGINES, Call, lacks
+from cef_compile.kernels.engines import LIST_ENGINES, ONLINE_ENGINES, Call, lacks
 from cef_compile.kernels.lists import Lists
 from cef_compile.kernels.order import Layout, token_order
 
@@ -118,6 +118,12 @@ def list_engines(q: Tensor, dim: int) -> list[str]:
     """Engines that are there for attention over lists with a head_dim, on the device of ``q``."""
     call = Call(launch._architecture(q.device), q.dtype, dim, dim)
     return [name for name in LIST_ENGINES if not lacks(name, call)]
+
+
+def online_engines(q: Tensor, dim: int, *, bound: bool) -> list[str]:
+    """Engines that are there for the online filter, on the device of ``q``."""
+    call = Call(launch._architecture(q.device), q.dtype, dim, dim, online=True, bound=bound)
+    return [name for name in ONLINE_ENGINES if not lacks(name, call)]
 
 
 def over_lists(engine: str, q: Tensor, k: Tensor, v: Tensor, listed: Lists) -> Tensor:
