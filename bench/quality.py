@@ -100,16 +100,18 @@ class Scene:
     levels: list[float]
 
 
-def scenes(given: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Scene]:
+def scenes(
+    given: argparse.Namespace, device: torch.device, dtype: torch.dtype, *, first_seed: int = 0
+) -> list[Scene]:
     """Videos from noise, one for each seed, and both clips from :data:`CLIP_START`."""
     found = []
     for seed in range(given.seeds):
         video, text = load_clip(seed % 2, given.frames, given.size)
-        noise = add_noise(unshuffle(video)[None], seed, level=1.0)
+        noise = add_noise(unshuffle(video)[None], first_seed + seed, level=1.0)
         found.append(Scene(f"noise {seed}", noise, text, noise_levels(given.steps, 1.0)))
     for clip in range(given.clips):
         video, text = load_clip(clip, given.frames, given.size)
-        start = add_noise(unshuffle(video)[None], clip, level=CLIP_START)
+        start = add_noise(unshuffle(video)[None], first_seed + clip, level=CLIP_START)
         found.append(Scene(f"clip {clip}", start, text, noise_levels(given.steps, CLIP_START)))
     return [Scene(s.name, s.start.to(device), s.text.to(device, dtype), s.levels) for s in found]
 

@@ -35,6 +35,8 @@ from cef_compile.report.environment import environment
 
 BRANCHES = 2
 """Passes of a guided step: with the text and without."""
+TRIAL_SEED = 1000
+"""Of the noise of the videos that tell where compensation helps: none of the study has it."""
 PROBED_ROWS = 256
 """Rows of each head whose exact energy every call computes."""
 
@@ -57,6 +59,7 @@ class Variant:
         values: rank by share times the distance of the tile's mean value from the mean value.
         compensate: dropped tiles come back as pseudo-tokens in heads where at least this part of
             their estimated energy is the pseudo-tokens' own (0: always; None: never).
+        calibrated: they come back in the heads whose output errs less for it in other videos.
         share: the second branch of guidance attends to the tiles of the first.
         dither: ranks are multiplied by random numbers up to 2 to this power, new in each call.
         skew: the branch without text has a threshold higher by so many octaves, half of them taken
@@ -74,6 +77,7 @@ class Variant:
     exact: bool = False
     values: bool = False
     compensate: float | None = None
+    calibrated: bool = False
     share: bool = False
     dither: float = 0.0
     skew: float = 0.0
@@ -105,6 +109,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "compensated, gate .7": {"compensate": 0.7, "first": "dense"},
     "compensated, gate .8": {"compensate": 0.8, "first": "dense"},
     "compensated, gate .9": {"compensate": 0.9, "first": "dense"},
+    "compensated, heads by calibration": {"calibrated": True, "first": "dense"},
     "mean rank, compensated": {"compensate": 0.0, "power": 1.0, "first": "dense"},
     "power 4, compensated": {"compensate": 0.0, "power": 4.0, "first": "dense"},
     "one set of tiles for both branches": {"share": True, "first": "dense"},
@@ -135,6 +140,7 @@ class Filter(TorchFunctionMode):
         self.recalls: list[Tensor] = []
         self.densities: list[Tensor] = []
         self.level = 0.0
+        self.compensated: Tensor | None = None  # bool [nodes, heads], of a calibrated variant
         self.reset()
 
     def reset(self) -> None:
@@ -177,17 +183,30 @@ class Filter(TorchFunctionMode):
                 kept = self._kept[node]
         kept = kept.repeat_interleave(self.variant.tile // min(self.variant.tile, c.BLOCK_N), -1)
         dropped = (energy * ~kept[..., :: max(self.variant.tile // c.BLOCK_N, 1)]).sum((-1, -2))
-        if self.variant.compensate is None:
-            again = None
-        else:
+        again = None
+        if self.compensated is not None:
+            again = self.compensated[node][None].expand(q.shape[0], -1)
+        elif self.variant.compensate is not None:
             # A head's pseudo-tokens carry exp(q.k_mean) of what exp(q.k) carries: the rest is what
             # its tiles are selective for.
             part = (own * ~kept).sum((-1, -2)) / dropped.clamp_min(1e-9)
             again = part >= self.variant.compensate
-        out, lse = attend(q, k, v, kept, scale, again, self.variant.tile)
+        out, lse = self._output(node, q, k, v, kept, scale, again)
         self.densities.append(kept.float().mean())
         self.recalls.append(probe(q, k, lse, scale, self._calls))
         return out
+
+    def _output(
+        self,
+        node: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept: Tensor,
+        scale: float,
+        again: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, kept, scale, again, self.variant.tile)
 
     def _bin(self, curve: Tensor) -> Tensor:
         """The threshold's bin: an energy curve's, by the variant's source."""
@@ -204,6 +223,38 @@ class Filter(TorchFunctionMode):
             "both": [h for one in past[-BRANCHES:] for h in one],
         }[self.variant.source]
         return c.threshold_bin(torch.stack(list(chosen)).mean(0), target)
+
+
+class Trial(Filter):
+    """Gives the exact output, and adds up what a filter's errs by with compensation and without."""
+
+    def __init__(self, variant: Variant, tokens: int, nodes: int) -> None:
+        super().__init__(variant, tokens, nodes)
+        self._errors: dict[int, Tensor] = {}  # by node, [without and with, heads]
+
+    def better(self) -> Tensor:
+        """bool ``[nodes, heads]``: where compensation made the error smaller."""
+        return torch.stack([e[1] < e[0] for _, e in sorted(self._errors.items())])
+
+    def _output(
+        self,
+        node: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kept: Tensor,
+        scale: float,
+        again: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        exact = attend(q, k, v, torch.ones_like(kept), scale, None, self.variant.tile)
+        every = torch.ones(kept.shape[:2], dtype=torch.bool, device=q.device)
+        errors = []
+        for way in (None, every):
+            out, _ = attend(q, k, v, kept, scale, way, self.variant.tile)
+            off = (out - exact[0]).float().square().sum((0, 2, 3))
+            errors.append(off / exact[0].float().square().sum((0, 2, 3)))
+        self._errors[node] = self._errors.get(node, 0) + torch.stack(errors)
+        return exact
 
 
 def plan(
@@ -321,6 +372,7 @@ class Lab:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = load_model(device, dtype)
         self.scenes = scenes(given, device, dtype)
+        self.trial_scenes = scenes(given, device, dtype, first_seed=TRIAL_SEED)
         side = given.size // 8
         self.tokens = given.frames * side * side
         self.order = cubes((given.frames, side, side), (4, 4, 4)).to(device)
@@ -331,6 +383,8 @@ class Lab:
         """One variant on all scenes."""
         torch.manual_seed(0)
         mode = Filter(variant, self.tokens, len(self.model.blocks))
+        if variant.calibrated:
+            mode.compensated = self._where_compensation_helps(variant)
         qualities: dict[str, list[float]] = {"noise": [], "clip": []}
         with self._ordered(), self._dense_kernel():
             for scene, dense in zip(self.scenes, self.dense, strict=True):
@@ -346,6 +400,18 @@ class Lab:
                 row[f"{kind}_psnr"] = statistics.mean(found)
                 row[f"{kind}_psnrs"] = [round(x, 2) for x in found]
         return row
+
+    def _where_compensation_helps(self, variant: Variant) -> Tensor:
+        """bool ``[nodes, heads]``, of one video from noise and one clip with noise of their own."""
+        trial = Trial(variant, self.tokens, len(self.model.blocks))
+        with self._ordered(), self._dense_kernel():
+            for scene in (self.trial_scenes[0], self.trial_scenes[-1]):
+                trial.reset()
+                with trial:
+                    sample(self.model, scene, self._at(trial, scene))
+        found = trial.better()
+        print(f"compensated heads: {found.int().tolist()}", flush=True)
+        return found
 
     def _at(self, mode: Filter, scene: Scene) -> Any:
         def before(step: int, level: float) -> Any:

@@ -8,7 +8,6 @@ The first 8 frames of clip 0 at 128 x 128 pixels (2,048 tokens), noise level 0.5
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from quality_tables import methods
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -28,7 +28,6 @@ from cef_compile.kernels import reference
 
 FRAMES, SIZE, LEVEL, RECALL = 8, 128, 0.5, 0.9
 OUT = Path(__file__).parent
-QUALITY = OUT.parents[1] / "bench" / "results" / "quality-h100.json"
 COLOURS = plt.get_cmap("viridis")(torch.linspace(0, 0.9, 6).tolist())
 BLUE, ORANGE = "#3a7fc0", "#d9822b"
 
@@ -208,9 +207,8 @@ def estimate(found: list[Node]) -> None:
 
 def quality() -> None:
     """PSNR of sampled videos against the speed of their attention, from bench/quality.py."""
-    rows = json.loads(QUALITY.read_text(encoding="utf-8"))["rows"]
-    floor, *rows = rows
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    floor, *rows = methods()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
     for axis, kind, title in zip(
         axes, ("noise", "clip"), ("videos from noise", "real clips"), strict=True
     ):
@@ -229,7 +227,8 @@ def quality() -> None:
         axis.axvline(1, color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="speed of the attention calls against cuDNN")
     axes[0].set(ylabel="PSNR, dB (dashed: dense again)")
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save(figure, "quality.png")
 
 

@@ -12,21 +12,19 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+import quality_tables
+from markdown_tables import Rows, markdown, speed
+
 ROOT: Final = Path(__file__).parents[2]
 RESULTS: Final = ROOT / "bench" / "results" / "attention-h100.json"
-VARIANTS: Final = ROOT / "bench" / "results" / "variants-h100.json"
 END_TO_END: Final = ROOT / "bench" / "results" / "end-to-end-h100.json"
 MULTI_GPU: Final = ROOT / "bench" / "results" / "multi-gpu-h100.json"
 SCALING: Final = ROOT / "bench" / "scaling.py"
 ENGINES: Final = ROOT / "bench" / "results" / "engines-h100.json"
 EIGHT_BITS: Final = ROOT / "bench" / "results" / "eight-bits.json"
-QUALITY: Final = ROOT / "bench" / "results" / "quality-h100.json"
-CALIBRATION: Final = ROOT / "bench" / "results" / "calibration-h100.json"
-RECALLS: Final = Path(__file__).with_name("recalls.json")
 PAGES: Final = tuple(
     ROOT / page
     for page in (
@@ -38,24 +36,10 @@ PAGES: Final = tuple(
         "docs/several-gpus.md",
     )
 )
-DEFAULT_VARIANT: Final = "first pass dense"
-"""What ``Balanced`` does."""
 PLACE: Final = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ELSEWHERE: Final = "models"
 """The table that bench/census.py makes."""
 DENSE: Final = ("cuDNN", "FlashAttention-2", "FlashAttention-4")
-Rows = list[dict[str, Any]]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table whose columns but the first are numbers."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
-
-
-def speed(row: dict[str, Any]) -> str:
-    """Against cuDNN."""
-    return f"{row['speed']:.2f}x"
 
 
 def dense_header(rows: Rows) -> list[str]:
@@ -172,16 +156,14 @@ def order(found: dict[str, Any]) -> str:
 
 
 def break_even(found: dict[str, Any]) -> str:
-    """The planned filter at density .36 by length, launched and replayed."""
-    rows: Rows = found["results"]["break_even"]
-    table = []
-    for shape in dict.fromkeys(row["shape"] for row in rows):
-        mine = {row["name"]: row for row in rows if row["shape"] == shape}
-        launched, replayed = mine["planned"], mine["planned, CUDA graphs"]
-        times = [*dense_times(rows, shape), f"{launched['ms']:.2f} ms"]
-        table.append([shape.split(" x ")[1], *times, speed(launched), speed(replayed)])
-    header = ["keys", *dense_header(rows), "planned", "against cuDNN"]
-    return markdown([*header, "both in CUDA graphs"], table)
+    """The planned filter at density .36 by length, in CUDA graphs."""
+    table = [
+        [row["shape"].split(" x ")[1], f"{row['cudnn_ms']:.3f} ms", f"{row['ms']:.3f} ms",
+         speed(row)]
+        for row in found["results"]["break_even"]
+        if row["name"] == "planned, CUDA graphs"
+    ]  # fmt: skip
+    return markdown(["keys", "cuDNN, dense", "planned", "against cuDNN"], table)
 
 
 def short(found: dict[str, Any]) -> str:
@@ -208,38 +190,17 @@ def online(found: dict[str, Any]) -> str:
     """The online filter."""
     rows: Rows = found["results"]["online"]
     table = [
-        [f"{row['name']}, dense", "", "", f"{row['ms']:.1f} ms", speed(row)]
+        [f"{row['name']}, dense", "", "", "", f"{row['ms']:.1f} ms", speed(row)]
         for row in rows
         if row["name"] in DENSE
     ]
     table += [
         [row["name"].removeprefix("online, "), f"{row['density']:.2f}", f"{row['recall']:.3f}",
-         f"{row['ms']:.1f} ms", speed(row)]
+         f"`{row['engine']}`", f"{row['ms']:.1f} ms", speed(row)]
         for row in rows
         if row["name"] not in DENSE
     ]  # fmt: skip
-    return markdown(["online", "density", "recall", "time", "against cuDNN"], table)
-
-
-def recalls(_: dict[str, Any]) -> str:
-    """Quality of the demo's videos by recall."""
-    rows: Rows = json.loads(RECALLS.read_text(encoding="utf-8"))
-    ways = dict.fromkeys((row["recall"], row["dense_steps"]) for row in rows)
-    table = []
-    for recall, dense_steps in ways:
-        mine = [r for r in rows if (r["recall"], r["dense_steps"]) == (recall, dense_steps)]
-        name = f"{recall:.2f}" + (f", first {dense_steps} steps dense" if dense_steps else "")
-        cells = [
-            " / ".join(f"{row[field]:{form}}" for row in mine)
-            for field, form in (
-                ("achieved", ".3f"),
-                ("density", ".2f"),
-                ("psnr_db", ".1f"),
-                ("ssim", ".4f"),
-            )
-        ]
-        table.append([name, *cells])
-    return markdown(["recall", "delivered", "density", "PSNR dB", "SSIM"], table)
+    return markdown(["online", "density", "recall", "engine", "time", "against cuDNN"], table)
 
 
 def end_to_end(_: dict[str, Any]) -> str:
@@ -339,87 +300,6 @@ def learned_short(found: dict[str, Any]) -> str:
     return markdown(header, table)
 
 
-def quality(_: dict[str, Any]) -> str:
-    """Methods as they ship."""
-    table = []
-    for row in json.loads(QUALITY.read_text(encoding="utf-8"))["rows"]:
-        floor = "speed" not in row
-        name = row["method"] + ("" if floor else f", {row['parameter']:g}")
-        cells = ["", ""] if floor else [f"{row['recall']:.3f}", f"{row['density']:.3f}"]
-        for kind in ("noise", "clip"):
-            cells += [f"{row[f'{kind}_{value}']:.{places}f}" for value, places in MEASURES]
-        table.append([name, *cells, "" if floor else speed(row)])
-    header = ["method", "recall", "density"]
-    header += [f"{name}, {kind}" for kind in ("noise", "clips") for name in NAMES]
-    return markdown([*header, "attention calls"], table)
-
-
-MEASURES: Final = (("psnr", 1), ("ssim", 3), ("flicker", 2))
-NAMES: Final = ("PSNR dB", "SSIM", "flicker")
-
-
-def calibration(_: dict[str, Any]) -> str:
-    """A calibrated policy on other inputs."""
-    table = []
-    for row in json.loads(CALIBRATION.read_text(encoding="utf-8"))["rows"]:
-        dense = "worst_error" not in row
-        name = row["name"] + (f", {row['recall']}" if row.get("recall") else "")
-        errors = ["", ""]
-        if not dense:
-            errors = [f"{row['calibration_error']:.4f}", f"{row['worst_error']:.4f}"]
-        table.append(
-            [name, f"{row['predicted_time']:.3f}", *errors, f"{row['step_ms']:.2f} ms", speed(row)]
-        )
-    header = ["policy", "predicted attention time", "error, calibrated on", "elsewhere, at most"]
-    return markdown([*header, "a step", ""], table)
-
-
-def _variants() -> dict[str, dict[float, dict[str, Any]]]:
-    found: dict[str, dict[float, dict[str, Any]]] = {}
-    for row in json.loads(VARIANTS.read_text(encoding="utf-8"))["rows"]:
-        found.setdefault(row["variant"], {})[row["target"]] = row
-    return found
-
-
-def curve(_: dict[str, Any]) -> str:
-    """The default filter by recall: sampled video against dense."""
-    rows = sorted(_variants()[DEFAULT_VARIANT].items(), reverse=True)
-    table = [
-        [f"{target:.2f}", f"{row['recall']:.3f}", f"{row['density']:.3f}",
-         f"{row['noise_psnr']:.1f}", f"{row['clip_psnr']:.1f}"]
-        for target, row in rows
-    ]  # fmt: skip
-    header = ["recall", "delivered", "density", "PSNR dB, from noise", "PSNR dB, real clips"]
-    return markdown(header, table)
-
-
-def variants(_: dict[str, Any]) -> str:
-    """Each variant of the filter beside the default, and what it gains at the same density."""
-    found = _variants()
-    ruler = found[DEFAULT_VARIANT]
-    table = []
-    for name, rows in sorted(found.items(), key=lambda item: item[0] != DEFAULT_VARIANT):
-        for target, row in sorted(rows.items(), reverse=True):
-            if target not in (0.95, 0.9):
-                continue
-            gains = [_gain(ruler, row, kind) for kind in ("noise_psnr", "clip_psnr")]
-            table.append(
-                [name, f"{target:.2f}", f"{row['recall']:.3f}", f"{row['density']:.3f}",
-                 f"{row['noise_psnr']:.1f}", f"{row['clip_psnr']:.1f}", *gains]
-            )  # fmt: skip
-    header = ["variant", "recall", "delivered", "density", "from noise, dB", "clips, dB"]
-    return markdown([*header, "from noise, at equal density", "clips, at equal density"], table)
-
-
-def _gain(ruler: dict[float, dict[str, Any]], row: dict[str, Any], kind: str) -> str:
-    """PSNR over that of the default at the same density, between its measured points."""
-    points = sorted((known["density"], known[kind]) for known in ruler.values())
-    for (d0, p0), (d1, p1) in pairwise(points):
-        if d0 <= row["density"] <= d1:
-            return f"{row[kind] - p0 - (p1 - p0) * (row['density'] - d0) / (d1 - d0):+.1f}"
-    return "outside"
-
-
 TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "about": about,
     "wan": wan,
@@ -431,19 +311,15 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "short": short,
     "short_kernels": short_kernels,
     "online": online,
-    "recalls": recalls,
     "end_to_end": end_to_end,
     "multi_gpu": multi_gpu,
     "multi_gpu_about": multi_gpu_about,
     "multi_gpu_errors": multi_gpu_errors,
     "scaling_check": scaling_check,
     "scaling": scaling,
-    "curve": curve,
     "learned": learned,
     "learned_short": learned_short,
-    "quality": quality,
-    "calibration": calibration,
-    "variants": variants,
+    **quality_tables.TABLES,
 }
 
 
