@@ -227,49 +227,6 @@ class TestOnGpu:
         assert same_bits(got.out, again.out)
         assert same_bits(got.lse, again.lse)
 
-    @pytest.mark.parametrize(
-        ("head_dim", "value_dim"), [(72, 72), (96, 96), (112, 112), (40, 104), (128, 24)]
-    )
-    @settings(max_examples=10)
-    @given(data=st.data(), numbers=CONTROLS, dtype=DTYPES)
-    def test_other_head_dims(
-        self,
-        engine: str,
-        head_dim: int,
-        value_dim: int,
-        data: st.DataObject,
-        numbers: torch.Tensor,
-        dtype: torch.dtype,
-    ) -> None:
-        """What lies beside the channels in memory does not count."""
-        if engine == "fa4":  # which has 64 and 128 alone
-            return
-        lengths = {"q_len": st.sampled_from([1, 300]), "kv_len": st.sampled_from([65, 257, 700])}
-        dims = {"head_dim": st.just(head_dim), "value_dim": st.just(value_dim)}
-        x = on_device(data.draw(cases(**lengths, **dims)).make(dtype))
-        x = x.replace(q=beside_nan(x.q), k=beside_nan(x.k), v=beside_nan(x.v))
-        got = planned(x, numbers, engine)
-        y = on_cpu(x)
-        kept = listed(got.index, got.count, visible_tiles(y).shape[1])
-        assert_output(y, kept, got, compensate=False)
-        again = planned(x, numbers, engine)
-        assert same_bits(got.out, again.out)
-        assert same_bits(got.lse, again.lse)
-
-    @FEWER
-    @given(case=CASES, dtype=DTYPES)
-    def test_hidden_keys_never_matter(self, engine: str, case: Case, dtype: torch.dtype) -> None:
-        x = made(case, dtype, engine)
-        if x.mask is None:
-            return
-        hidden = ~x.mask[:, None, :, None]
-        spoilt = x.replace(
-            k=x.k.masked_fill(hidden, torch.nan), v=x.v.masked_fill(hidden, torch.nan)
-        )
-        got, wanted = planned(spoilt, control(0.8), engine), planned(x, control(0.8), engine)
-        assert same_bits(got.out, wanted.out)
-        assert same_bits(got.lse, wanted.lse)
-
     @FEWER
     @given(case=CASES, dtype=DTYPES)
     def test_nan_rows_keep_to_themselves(self, engine: str, case: Case, dtype: torch.dtype) -> None:
@@ -319,24 +276,6 @@ class TestOnGpu:
         assert off <= 2 * eps * x.v.float().abs().max()
         torch.testing.assert_close(got.lse, wanted.lse, rtol=1e-5, atol=1e-5)
 
-    @FEWER
-    @given(
-        drawn=layout_cases(head_dim=64, value_dim=64) | layout_cases(head_dim=96, value_dim=72),
-        dtype=DTYPES,
-    )
-    def test_token_order(self, engine: str, drawn: tuple[Layout, Case], dtype: torch.dtype) -> None:
-        """In a token order it computes what the Triton kernel does, up to rounding."""
-        assume(engine != "fa4")  # which knows no token order
-        layout, case = drawn
-        x = on_device(case.make(dtype))
-        got = planned(x, control(0.8), engine, layout=layout)
-        wanted = planned(x, control(0.8), "triton", layout=layout)
-        assert torch.equal(got.count, wanted.count)
-        assert (got.lse == -torch.inf).equal(wanted.lse == -torch.inf)
-        torch.testing.assert_close(got.lse, wanted.lse, rtol=1e-4, atol=1e-4)
-        off = (got.out.float() - wanted.out.float()).abs().max()
-        assert off <= 4 * torch.finfo(dtype).eps * x.v.nan_to_num(nan=0.0).float().abs().max()
-
     def test_in_a_cuda_graph(self, engine: str) -> None:
         """A replay with other numbers computes what a plain call does."""
         case = Case(kv_heads=2, q_len=300, kv_len=700, head_dim=128, value_dim=128)
@@ -352,3 +291,91 @@ class TestOnGpu:
             wanted = planned(x, numbers, engine)
             assert same_bits(recorded.out, wanted.out)
             assert same_bits(recorded.lse, wanted.lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "fa4"])
+class TestOwnOnGpu:
+    """What FlashAttention-4 does not compute: other head sizes, key masks, token order."""
+
+    @pytest.mark.parametrize(
+        ("head_dim", "value_dim"), [(72, 72), (96, 96), (112, 112), (40, 104), (128, 24)]
+    )
+    @settings(max_examples=10)
+    @given(data=st.data(), numbers=CONTROLS, dtype=DTYPES)
+    def test_other_head_dims(
+        self,
+        engine: str,
+        head_dim: int,
+        value_dim: int,
+        data: st.DataObject,
+        numbers: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        """What lies beside the channels in memory does not count."""
+        lengths = {"q_len": st.sampled_from([1, 300]), "kv_len": st.sampled_from([65, 257, 700])}
+        dims = {"head_dim": st.just(head_dim), "value_dim": st.just(value_dim)}
+        x = on_device(data.draw(cases(**lengths, **dims)).make(dtype))
+        x = x.replace(q=beside_nan(x.q), k=beside_nan(x.k), v=beside_nan(x.v))
+        got = planned(x, numbers, engine)
+        y = on_cpu(x)
+        kept = listed(got.index, got.count, visible_tiles(y).shape[1])
+        assert_output(y, kept, got, compensate=False)
+        again = planned(x, numbers, engine)
+        assert same_bits(got.out, again.out)
+        assert same_bits(got.lse, again.lse)
+
+    @FEWER
+    @given(case=CASES, dtype=DTYPES)
+    def test_hidden_keys_never_matter(self, engine: str, case: Case, dtype: torch.dtype) -> None:
+        x = made(case, dtype, engine)
+        assume(x.mask is not None)
+        hidden = ~x.mask[:, None, :, None]
+        spoilt = x.replace(
+            k=x.k.masked_fill(hidden, torch.nan), v=x.v.masked_fill(hidden, torch.nan)
+        )
+        got, wanted = planned(spoilt, control(0.8), engine), planned(x, control(0.8), engine)
+        assert same_bits(got.out, wanted.out)
+        assert same_bits(got.lse, wanted.lse)
+
+    @FEWER
+    @given(
+        drawn=layout_cases(head_dim=64, value_dim=64) | layout_cases(head_dim=96, value_dim=72),
+        dtype=DTYPES,
+    )
+    def test_token_order(self, engine: str, drawn: tuple[Layout, Case], dtype: torch.dtype) -> None:
+        """In a token order it computes what the Triton kernel does, up to rounding."""
+        layout, case = drawn
+        x = on_device(case.make(dtype))
+        got = planned(x, control(0.8), engine, layout=layout)
+        wanted = planned(x, control(0.8), "triton", layout=layout)
+        assert torch.equal(got.count, wanted.count)
+        assert (got.lse == -torch.inf).equal(wanted.lse == -torch.inf)
+        torch.testing.assert_close(got.lse, wanted.lse, rtol=1e-4, atol=1e-4)
+        off = (got.out.float() - wanted.out.float()).abs().max()
+        assert off <= 4 * torch.finfo(dtype).eps * x.v.nan_to_num(nan=0.0).float().abs().max()
+
+    @FEWER
+    @given(
+        drawn=layout_cases(head_dim=64, value_dim=64),
+        dtype=DTYPES,
+        certify=st.sampled_from(c.CERTIFICATES),
+    )
+    def test_online_in_token_order(
+        self, engine: str, drawn: tuple[Layout, Case], dtype: torch.dtype, certify: str
+    ) -> None:
+        layout, case = drawn
+        x = on_device(case.make(dtype))
+
+        def online(by: str) -> launch.Output:
+            return launch.online(
+                x.q, x.k, x.v, control(0.8).to(DEVICE), **x.options, certify=certify,
+                layout=layout, engine=by,
+            )  # fmt: skip
+
+        got, wanted = online(engine), online("triton")
+        assert torch.equal(got.count, wanted.count)
+        assert (got.lse == -torch.inf).equal(wanted.lse == -torch.inf)
+        torch.testing.assert_close(got.lse, wanted.lse, rtol=1e-4, atol=1e-4)
+        off = (got.out.float() - wanted.out.float()).abs().max()
+        assert off <= 4 * torch.finfo(dtype).eps * x.v.nan_to_num(nan=0.0).float().abs().max()
