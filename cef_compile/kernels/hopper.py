@@ -24,10 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels.descriptor import strides
+from cef_compile.kernels.gluon_parts import describe, rows_at
 
 _LN2 = gl.constexpr(math.log(2.0))
 _LOG2E = gl.constexpr(math.log2(math.e))
@@ -85,8 +84,8 @@ def attend(
     total = batch * heads * n_m
     _attend[(min(total, _multiprocessors(q.device)),)](
         q,
-        _describe(k),
-        _describe(v),
+        describe(k, _SWIZZLE.value),
+        describe(v, _SWIZZLE.value),
         q if key_mask is None else key_mask,
         index if tokens is None else tokens,
         index,
@@ -132,13 +131,6 @@ def constants(head_dim: int, value_dim: int, *, masked: bool, ordered: bool) -> 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _describe(x: Tensor) -> TensorDescriptor:
-    """Descriptor of 128 bytes of each key of a tile, zeros beyond the edges of ``x``."""
-    block = [1, 1, c.BLOCK_N, _SWIZZLE.value]
-    layout = gl.NVMMASharedLayout(128, 16, len(block))
-    return TensorDescriptor(x, list(x.shape), strides(x), block, layout)
 
 
 @gluon.constexpr_function
@@ -361,21 +353,6 @@ def _inside(real, dims, DIM: gl.constexpr):
 
 
 @gluon.jit
-def _rows_at(
-    tile, tokens, positions,
-    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """A group's rows of a query tile, and which of them there are."""
-    ROWS: gl.constexpr = BLOCK_M // _GROUPS
-    at = tile * BLOCK_M + GROUP * ROWS + gl.arange(0, ROWS, layout)
-    real = at < positions
-    if ORDERED:
-        at = gl.load(tokens + at, mask=real, other=-1)
-        real = at >= 0
-    return at, real
-
-
-@gluon.jit
 def _load_rows(
     query, slot, lists, sizes, tokens,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, ORDERED: gl.constexpr,
@@ -389,7 +366,9 @@ def _load_rows(
     n_m, _n_n, heads, _group, _total_tiles, _q_len, positions, _kv_len = sizes
     tile, batch, head, _row = _place(slot, order, n_m, heads)
     q += batch.to(gl.int64) * q_b + head.to(gl.int64) * q_h
-    at, real = _rows_at(tile, tokens, positions, GROUP, BLOCK_M, ORDERED, row_layout)
+    ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    own = tile * BLOCK_M + GROUP * ROWS
+    at, real = rows_at(own, tokens, positions, ROWS, ORDERED, row_layout)
     dims = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     where = gl.expand_dims(at.to(gl.int64) * q_l, 1) + gl.expand_dims(dims.to(gl.int64) * q_d, 0)
     return gl.load(q + where, mask=_inside(real, dims, HEAD_DIM), other=0.0)
@@ -522,7 +501,8 @@ def _consume(
             mbarrier.arrive(v_empty.index(stage), count=1)
 
         row_total = gl.convert_layout(gl.sum(total, 1), row_layout)
-        at, real = _rows_at(tile, tokens, positions, GROUP, BLOCK_M, ORDERED, row_layout)
+        own = tile * BLOCK_M + GROUP * ROWS
+        at, real = rows_at(own, tokens, positions, ROWS, ORDERED, row_layout)
         log_energy = (top + gl.log2(row_total)) * _LN2
         gl.store(lse + (batch * heads + head).to(gl.int64) * q_len + at, log_energy, mask=real)
         means = _times(accs, 1.0 / gl.where(row_total == 0, 1.0, row_total))
@@ -531,9 +511,7 @@ def _consume(
         if REST:
             out_rows.slice(MAIN, REST, 1).store(means[1].to(dtype))
         mean = out_rows.load(value_layout)
-        at, real = _rows_at(
-            tile, tokens, positions, GROUP, BLOCK_M, ORDERED, gl.SliceLayout(1, value_layout)
-        )
+        at, real = rows_at(own, tokens, positions, ROWS, ORDERED, gl.SliceLayout(1, value_layout))
         dims = gl.arange(0, VALUE_WIDTH, gl.SliceLayout(0, value_layout))
         # Rows begin at multiples of 8 channels, which strides that are none of 16 do not tell.
         base = out + gl.multiple_of(batch.to(gl.int64) * out_b, 8)

@@ -23,10 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels.descriptor import strides
+from cef_compile.kernels.gluon_parts import describe, rows_at
 
 _LN2 = gl.constexpr(math.log(2.0))
 _LOG2E = gl.constexpr(math.log2(math.e))
@@ -74,8 +73,8 @@ def online(
     if lse.numel():
         _online[(n_m * heads * batch,)](
             q,
-            _describe(k),
-            _describe(v),
+            describe(k, dim),
+            describe(v, dim),
             q if key_mask is None else key_mask,
             control,
             kept if tokens is None else tokens,
@@ -143,13 +142,6 @@ def constants(
         "LOG2_THRESHOLD": c.CONTROL_LOG2_THRESHOLD,
         "FIXED": c.CONTROL_FIXED,
     }
-
-
-def _describe(x: Tensor) -> TensorDescriptor:
-    """Descriptor of a tile of keys, zeros beyond the edges of ``x``."""
-    block = [1, 1, c.BLOCK_N, x.shape[3]]
-    layout = gl.NVMMASharedLayout(128, 16, len(block))
-    return TensorDescriptor(x, list(x.shape), strides(x), block, layout)
 
 
 @gluon.jit
@@ -331,7 +323,7 @@ def _online(
         early = _first_key(i, start, n_n, BLOCK_N)
         _copy(k_desc, batch, key_head, early, k_tiles, i, k_full, i < n_n)
 
-    at, real = _rows_at(tile, tokens, positions, BLOCK_M, ORDERED, gl.SliceLayout(1, wide))
+    at, real = rows_at(tile * BLOCK_M, tokens, positions, BLOCK_M, ORDERED, gl.SliceLayout(1, wide))
     dims = gl.arange(0, DIM, gl.SliceLayout(0, wide))
     used = gl.expand_dims(real, 1)
     where = gl.expand_dims(at.to(gl.int64) * q_l, 1) + gl.expand_dims(dims.to(gl.int64) * q_d, 0)
@@ -339,7 +331,7 @@ def _online(
     memory.store(gl.load(q + where, mask=used, other=0.0))
     fence_async_shared()
 
-    at, real = _rows_at(tile, tokens, positions, BLOCK_M, ORDERED, row_layout)
+    at, real = rows_at(tile * BLOCK_M, tokens, positions, BLOCK_M, ORDERED, row_layout)
     mask = (key_mask, mask_b, mask_l)
     target = gl.load(control + TARGET)
     log2_threshold = _log2_threshold(control, even, RULE, CERTIFY, TARGET, LOG2_THRESHOLD, FIXED)
@@ -447,22 +439,8 @@ def _online(
     # Through the memory of the queries, so that whole lines are written.
     memory.store((acc * gl.expand_dims(factor, 1)).to(dtype))
     mean = memory.load(wide)
-    at, real = _rows_at(tile, tokens, positions, BLOCK_M, ORDERED, gl.SliceLayout(1, wide))
+    at, real = rows_at(tile * BLOCK_M, tokens, positions, BLOCK_M, ORDERED, gl.SliceLayout(1, wide))
     used = gl.expand_dims(real, 1)
     out += batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
     where = gl.expand_dims(at.to(gl.int64) * out_l, 1) + gl.expand_dims(dims, 0)
     gl.store(out + where, mean, mask=used)
-
-
-@gluon.jit
-def _rows_at(
-    tile, tokens, positions,
-    BLOCK_M: gl.constexpr, ORDERED: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Rows of a query tile, and which of them there are."""
-    at = tile * BLOCK_M + gl.arange(0, BLOCK_M, layout)
-    real = at < positions
-    if ORDERED:
-        at = gl.load(tokens + at, mask=real, other=-1)
-        real = at >= 0
-    return at, real
