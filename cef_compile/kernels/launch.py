@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels import ledger
 from cef_compile.kernels import online as _online
 from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
@@ -313,7 +314,7 @@ def online(
         tokens=tokens,
         exact_tiles=exact_tiles,
     )
-    measures = _online.measures(
+    measures = ledger.measures(
         sums, control, even, rule=rule, certify=certify, bound=bound, engine=engine
     )
     if audited:
