@@ -21,12 +21,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels.gluon_parts import describe, rows_at
+from cef_compile.kernels.products import (
+    add_values,
+    main_part,
+    no_values,
+    rest_part,
+    scores,
+    times,
+)
 
 _LN2 = gl.constexpr(math.log(2.0))
 _LOG2E = gl.constexpr(math.log2(math.e))
@@ -137,23 +144,6 @@ def _multiprocessors(device: torch.device) -> int:
 def _width(dim):
     """Channels that shared memory holds: TMA fills it with zeros beyond ``dim``."""
     return 64 if dim <= 64 else 128
-
-
-@gluon.constexpr_function
-def _main(dim):
-    """Channels of the first of one or two products that together have ``dim``, or a few more.
-
-    Shapes are powers of two, 16 at least: 96 channels are 64 and 32, a quarter less than 128.
-    """
-    main = max(16, 1 << (dim.bit_length() - 1))
-    return main if dim <= main + main // 2 else 2 * main
-
-
-@gluon.constexpr_function
-def _rest(dim):
-    """Channels of the second product; 0 where there is none."""
-    rest = dim - _main(dim)
-    return max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
 
 
 @gluon.constexpr_function
@@ -288,62 +278,6 @@ def _softmax_step(score, top, total, scale2):
 
 
 @gluon.jit
-def _scores(rows, keys, score, HEAD_DIM: gl.constexpr):
-    """Starts the product of a group's rows with the keys of a step."""
-    MAIN: gl.constexpr = _main(HEAD_DIM)
-    REST: gl.constexpr = _rest(HEAD_DIM)
-    # What begins anew ignores the accumulator; zeros in its place would cost instructions.
-    score = warpgroup_mma(
-        rows.slice(0, MAIN, 1), keys.slice(0, MAIN, 0), score, use_acc=False, is_async=True
-    )
-    if REST:
-        score = warpgroup_mma(
-            rows.slice(MAIN, REST, 1), keys.slice(MAIN, REST, 0), score, is_async=True
-        )
-    return score
-
-
-@gluon.jit
-def _zeros(ROWS: gl.constexpr, WIDTH: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    return gl.zeros([ROWS, WIDTH], gl.float32, layout)
-
-
-@gluon.jit
-def _no_values(ROWS: gl.constexpr, VALUE_DIM: gl.constexpr):
-    """Accumulators of the one or two products with values."""
-    main = _zeros(ROWS, _main(VALUE_DIM))
-    return (main, _zeros(ROWS, _rest(VALUE_DIM))) if _rest(VALUE_DIM) else (main,)
-
-
-@gluon.jit
-def _add(acc, weight, values, FIRST: gl.constexpr):
-    layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    weight = gl.convert_layout(weight, layout, assert_trivial=True)
-    return warpgroup_mma(weight, values.slice(FIRST, acc.shape[1], 1), acc, is_async=True)
-
-
-@gluon.jit
-def _add_values(accs, weight, values):
-    """Starts the products of the weights of a step with its values."""
-    main = _add(accs[0], weight, values, 0)
-    return (main, _add(accs[1], weight, values, accs[0].shape[1])) if len(accs) == 2 else (main,)
-
-
-@gluon.jit
-def _times_one(acc, factor):
-    layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    return acc * gl.expand_dims(gl.convert_layout(factor, layout), 1)
-
-
-@gluon.jit
-def _times(accs, factor):
-    """Each row times its factor."""
-    main = _times_one(accs[0], factor)
-    return (main, _times_one(accs[1], factor)) if len(accs) == 2 else (main,)
-
-
-@gluon.jit
 def _inside(real, dims, DIM: gl.constexpr):
     """Mask of the rows and channels that there are."""
     mask = gl.expand_dims(real, 1)
@@ -389,8 +323,8 @@ def _consume(
     ROWS: gl.constexpr = BLOCK_M // _GROUPS
     KEYS: gl.constexpr = _PAIR * BLOCK_N
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    MAIN: gl.constexpr = _main(VALUE_DIM)
-    REST: gl.constexpr = _rest(VALUE_DIM)
+    MAIN: gl.constexpr = main_part(VALUE_DIM)
+    REST: gl.constexpr = rest_part(VALUE_DIM)
     VALUE_WIDTH: gl.constexpr = _width(VALUE_DIM)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MAIN, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
@@ -420,14 +354,14 @@ def _consume(
         here = index + row * n_n
         top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         total = _part_sums(gl.zeros([ROWS, KEYS], gl.float32, score_layout))
-        accs = _no_values(ROWS, VALUE_DIM)
+        accs = no_values(ROWS, VALUE_DIM)
         weight = gl.zeros([ROWS, KEYS], dtype, weight_layout)
         stage = step % STAGES
         phase = (step // STAGES) & 1
         if listed > 0:
             mbarrier.wait(k_full.index(stage), phase)
             keys = k_steps.index(stage).permute((1, 0))
-            score = _scores(q_rows, keys, score, HEAD_DIM)
+            score = scores(q_rows, keys, score, HEAD_DIM)
             score = warpgroup_mma_wait(0, deps=(score,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             if whole == 0:
@@ -446,7 +380,7 @@ def _consume(
                 stage = after
                 phase = after_phase
                 keys = k_steps.index(stage).permute((1, 0))
-                score = _scores(q_rows, keys, score, HEAD_DIM)
+                score = scores(q_rows, keys, score, HEAD_DIM)
                 mbarrier.wait(v_full.index(before), before_phase)
                 if HAS_MASK:
                     if first > whole:
@@ -454,7 +388,7 @@ def _consume(
                             v_steps.index(before), first - _PAIR, listed, here, batch, mask,
                             kv_len, BLOCK_N, value_layout,
                         )  # fmt: skip
-                accs = _add_values(accs, weight, v_steps.index(before))
+                accs = add_values(accs, weight, v_steps.index(before))
                 score = warpgroup_mma_wait(len(accs), deps=(score,))
                 if first >= whole:
                     seen = _seen(
@@ -475,7 +409,7 @@ def _consume(
                 accs = waited[2:]
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 mbarrier.arrive(v_empty.index(before), count=1)
-                accs = _times(accs, shrink)
+                accs = times(accs, shrink)
                 weight = gl.convert_layout(fresh, weight_layout)
 
         # The next rows are on their way while these are finished.
@@ -496,7 +430,7 @@ def _consume(
                         v_steps.index(stage), (listed - 1) // _PAIR * _PAIR, listed, here, batch,
                         mask, kv_len, BLOCK_N, value_layout,
                     )  # fmt: skip
-            accs = _add_values(accs, weight, v_steps.index(stage))
+            accs = add_values(accs, weight, v_steps.index(stage))
             accs = warpgroup_mma_wait(0, deps=(weight,) + accs)[1:]  # noqa: RUF005
             mbarrier.arrive(v_empty.index(stage), count=1)
 
@@ -505,7 +439,7 @@ def _consume(
         at, real = rows_at(own, tokens, positions, ROWS, ORDERED, row_layout)
         log_energy = (top + gl.log2(row_total)) * _LN2
         gl.store(lse + (batch * heads + head).to(gl.int64) * q_len + at, log_energy, mask=real)
-        means = _times(accs, 1.0 / gl.where(row_total == 0, 1.0, row_total))
+        means = times(accs, 1.0 / gl.where(row_total == 0, 1.0, row_total))
         # Through the memory of the rows, so that whole lines are written.
         out_rows.slice(0, MAIN, 1).store(means[0].to(dtype))
         if REST:
