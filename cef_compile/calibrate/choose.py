@@ -21,15 +21,15 @@ class TimeModel:
     """Time of a filtered attention relative to the same one dense: ``fixed + slope * density``.
 
     The defaults are fitted to one H100 against cuDNN in bfloat16 (24 heads of 128 channels, 32,256
-    tokens): 0.045 for centroids, plan and lists, and 1.22 a density of 1. So a node is faster than
-    dense below a density of 0.78.
+    tokens): 0.045 for centroids, plan and lists, and 1 a density of 1, which is what the engine for
+    Hopper takes over lists. So a node is faster than dense below a density of 0.955.
 
     Raises:
         ValueError: a number is negative or not finite.
     """
 
     fixed: float = 0.045
-    slope: float = 1.22
+    slope: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in (("fixed", self.fixed), ("slope", self.slope)):
