@@ -208,7 +208,7 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
         panel.set_xlabel("density against raster order, %")
         panel.axvline(0, color="black", linewidth=0.8)
         panel.invert_yaxis()
-    panels[0][0].legend(loc="lower left")
+    panels[0][-1].legend(loc="center right")
     figure.suptitle(f"Key tiles that deliver a recall of {RECALL:.2f}")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
