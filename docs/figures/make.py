@@ -28,6 +28,7 @@ from cef_compile.kernels import reference
 
 FRAMES, SIZE, LEVEL, RECALL = 8, 128, 0.5, 0.9
 OUT = Path(__file__).parent
+BENCH = OUT.parents[1] / "bench"
 COLOURS = plt.get_cmap("viridis")(torch.linspace(0, 0.9, 6).tolist())
 BLUE, ORANGE = "#3a7fc0", "#d9822b"
 
@@ -232,11 +233,21 @@ def quality() -> None:
     save(figure, "quality.png")
 
 
+def orders() -> None:
+    """Density in each order of tokens, by the script that measured it."""
+    sys.path.append(str(BENCH))  # scripts of a folder import one another by name
+    from order_study import plot
+
+    found = json.loads((BENCH / "results" / "order-h100.json").read_text(encoding="utf-8"))
+    plot(found["summary"], OUT / "order.png")
+
+
 def main() -> None:
     """All figures, and the numbers that the docs say of them."""
     matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False})
     matplotlib.rcParams["axes.spines.right"] = False
     quality()
+    orders()
     found = nodes()
     for figure in (shares, curves, tile_maps, policies, estimate):
         figure(found)
