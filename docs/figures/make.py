@@ -8,6 +8,8 @@ The first 8 frames of clip 0 at 128 x 128 pixels (2,048 tokens), noise level 0.5
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
