@@ -17,6 +17,7 @@ import math
 import statistics
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """By name: what differs from the base."""
 RECALLS = (0.95, 0.9, 0.86)
+AttendCall = tuple[Tensor, Tensor, Tensor, Tensor, float]
+"""q, k, v, kept and scale of :func:`attend`."""
 
 
 class Filter(TorchFunctionMode):
@@ -191,22 +194,13 @@ class Filter(TorchFunctionMode):
             # its tiles are selective for.
             part = (own * ~kept).sum((-1, -2)) / dropped.clamp_min(1e-9)
             again = part >= self.variant.compensate
-        out, lse = self._output(node, q, k, v, kept, scale, again)
+        out, lse = self._output(node, (q, k, v, kept, scale), again)
         self.densities.append(kept.float().mean())
         self.recalls.append(probe(q, k, lse, scale, self._calls))
         return out
 
-    def _output(
-        self,
-        node: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        kept: Tensor,
-        scale: float,
-        again: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return attend(q, k, v, kept, scale, again, self.variant.tile)
+    def _output(self, node: int, call: AttendCall, again: Tensor | None) -> tuple[Tensor, Tensor]:
+        return attend(*call, again, self.variant.tile)
 
     def _bin(self, curve: Tensor) -> Tensor:
         """The threshold's bin: an energy curve's, by the variant's source."""
@@ -236,25 +230,17 @@ class Trial(Filter):
         """bool ``[nodes, heads]``: where compensation made the error smaller."""
         return torch.stack([e[1] < e[0] for _, e in sorted(self._errors.items())])
 
-    def _output(
-        self,
-        node: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        kept: Tensor,
-        scale: float,
-        again: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        exact = attend(q, k, v, torch.ones_like(kept), scale, None, self.variant.tile)
+    def _output(self, node: int, call: AttendCall, again: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, kept, scale = call
+        exact, lse = attend(q, k, v, torch.ones_like(kept), scale, None, self.variant.tile)
         every = torch.ones(kept.shape[:2], dtype=torch.bool, device=q.device)
         errors = []
         for way in (None, every):
-            out, _ = attend(q, k, v, kept, scale, way, self.variant.tile)
-            off = (out - exact[0]).float().square().sum((0, 2, 3))
-            errors.append(off / exact[0].float().square().sum((0, 2, 3)))
+            out, _ = super()._output(node, call, way)
+            off = (out - exact).float().square().sum((0, 2, 3))
+            errors.append(off / exact.float().square().sum((0, 2, 3)))
         self._errors[node] = self._errors.get(node, 0) + torch.stack(errors)
-        return exact
+        return exact, lse
 
 
 def plan(
@@ -372,7 +358,7 @@ class Lab:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = load_model(device, dtype)
         self.scenes = scenes(given, device, dtype)
-        self.trial_scenes = scenes(given, device, dtype, first_seed=TRIAL_SEED)
+        self._trial_scenes = partial(scenes, given, device, dtype, first_seed=TRIAL_SEED)
         side = given.size // 8
         self.tokens = given.frames * side * side
         self.order = cubes((given.frames, side, side), (4, 4, 4)).to(device)
@@ -404,8 +390,9 @@ class Lab:
     def _where_compensation_helps(self, variant: Variant) -> Tensor:
         """bool ``[nodes, heads]``, of one video from noise and one clip with noise of their own."""
         trial = Trial(variant, self.tokens, len(self.model.blocks))
+        first, *_, last = self._trial_scenes()
         with self._ordered(), self._dense_kernel():
-            for scene in (self.trial_scenes[0], self.trial_scenes[-1]):
+            for scene in (first, last):
                 trial.reset()
                 with trial:
                     sample(self.model, scene, self._at(trial, scene))

@@ -22,9 +22,22 @@ MEASURES: Final = (("psnr", 1), ("ssim", 3), ("flicker", 2))
 NAMES: Final = ("PSNR dB", "SSIM", "flicker")
 
 
-def _rows(name: str) -> Rows:
-    found: Rows = json.loads((RESULTS / f"{name}-h100.json").read_text(encoding="utf-8"))["rows"]
+def _found(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}-h100.json").read_text(encoding="utf-8"))
     return found
+
+
+def _rows(name: str) -> Rows:
+    rows: Rows = _found(name)["rows"]
+    return rows
+
+
+def _videos(row: dict[str, Any]) -> list[str]:
+    """What was delivered, and PSNR of both kinds of videos."""
+    return [
+        f"{row['recall']:.3f}", f"{row['density']:.3f}",
+        f"{row['noise_psnr']:.1f}", f"{row['clip_psnr']:.1f}",
+    ]  # fmt: skip
 
 
 def methods() -> Rows:
@@ -89,18 +102,17 @@ def quality_short(_: dict[str, Any]) -> str:
 def quality_grid(_: dict[str, Any]) -> str:
     """The default on another grid of tokens."""
     table = [
-        [f"{row['parameter']:.2f}", f"{row['recall']:.3f}", f"{row['density']:.3f}",
-         f"{row['noise_psnr']:.1f}", f"{row['clip_psnr']:.1f}", speed(row)]
+        [f"{row['parameter']:.2f}", *_videos(row), speed(row)]
         for row in _rows("quality-grid")
         if "speed" in row
-    ]  # fmt: skip
+    ]
     header = ["recall", "delivered", "density", "PSNR dB, from noise", "PSNR dB, clips"]
     return markdown([*header, "attention calls"], table)
 
 
 def warm_up(_: dict[str, Any]) -> str:
     """The default with the noisiest steps dense, and without."""
-    found = json.loads((RESULTS / "quality-warm-up-h100.json").read_text(encoding="utf-8"))
+    found = _found("quality-warm-up")
     steps = found["setting"]["steps"]
     above = found["setting"]["dense_above"]
     dense = sum(level > above for level in noise_levels(steps, 1.0)[:-1]) / steps
@@ -122,9 +134,8 @@ def warm_up(_: dict[str, Any]) -> str:
 
 def orders(_: dict[str, Any]) -> str:
     """Density at recall .9 in each order, by clip, and of exact ranks."""
-    found = json.loads((RESULTS / "order-h100.json").read_text(encoding="utf-8"))
     grid, tile = [16, 32, 32], [128, 64]
-    rows = [row for row in found["rows"] if (row["grid"], row["tile"]) == (grid, tile)]
+    rows = [row for row in _rows("order") if (row["grid"], row["tile"]) == (grid, tile)]
 
     def mean(name: str, clip: int, way: str) -> float:
         mine = [row[way] for row in rows if (row["order"], row["clip"]) == (name, clip)]
@@ -144,12 +155,10 @@ def orders(_: dict[str, Any]) -> str:
 
 def order_videos(_: dict[str, Any]) -> str:
     """Videos in three orders."""
-    found = json.loads((RESULTS / "order-h100.json").read_text(encoding="utf-8"))
     table = [
-        [row["order"], f"{row['parameter']:.2f}", f"{row['recall']:.3f}",
-         f"{row['density']:.3f}", f"{row['noise_psnr']:.1f}", f"{row['clip_psnr']:.1f}"]
-        for row in found["quality"]
-    ]  # fmt: skip
+        [row["order"], f"{row['parameter']:.2f}", *_videos(row)]
+        for row in _found("order")["quality"]
+    ]
     header = ["order", "recall", "delivered", "density", "PSNR dB, from noise", "PSNR dB, clips"]
     return markdown(header, table)
 
@@ -180,11 +189,7 @@ def _variants() -> dict[str, dict[float, dict[str, Any]]]:
 def curve(_: dict[str, Any]) -> str:
     """The default filter by recall: sampled video against dense."""
     rows = sorted(_variants()[DEFAULT_VARIANT].items(), reverse=True)
-    table = [
-        [f"{target:.2f}", f"{row['recall']:.3f}", f"{row['density']:.3f}",
-         f"{row['noise_psnr']:.1f}", f"{row['clip_psnr']:.1f}"]
-        for target, row in rows
-    ]  # fmt: skip
+    table = [[f"{target:.2f}", *_videos(row)] for target, row in rows]
     header = ["recall", "delivered", "density", "PSNR dB, from noise", "PSNR dB, real clips"]
     return markdown(header, table)
 
@@ -199,10 +204,7 @@ def variants(_: dict[str, Any]) -> str:
             if target not in VARIANT_RECALLS:
                 continue
             gains = [_gain(ruler, row, kind) for kind in ("noise", "clip")]
-            table.append(
-                [name, f"{target:.2f}", f"{row['recall']:.3f}", f"{row['density']:.3f}",
-                 f"{row['noise_psnr']:.1f}", f"{row['clip_psnr']:.1f}", *gains]
-            )  # fmt: skip
+            table.append([name, f"{target:.2f}", *_videos(row), *gains])
     header = ["variant", "recall", "delivered", "density", "from noise, dB", "clips, dB"]
     return markdown([*header, "from noise, at equal density", "clips, at equal density"], table)
 

@@ -293,6 +293,14 @@ class TestOnGpu:
             assert same_bits(recorded.lse, wanted.lse)
 
 
+def assert_equal_up_to_rounding(got: launch.Output, wanted: launch.Output, x: Inputs) -> None:
+    assert torch.equal(got.count, wanted.count)
+    assert (got.lse == -torch.inf).equal(wanted.lse == -torch.inf)
+    torch.testing.assert_close(got.lse, wanted.lse, rtol=1e-4, atol=1e-4)
+    off = (got.out.float() - wanted.out.float()).abs().max()
+    assert off <= 4 * torch.finfo(x.v.dtype).eps * x.v.nan_to_num(nan=0.0).float().abs().max()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "fa4"])
 class TestOwnOnGpu:
@@ -349,11 +357,7 @@ class TestOwnOnGpu:
         x = on_device(case.make(dtype))
         got = planned(x, control(0.8), engine, layout=layout)
         wanted = planned(x, control(0.8), "triton", layout=layout)
-        assert torch.equal(got.count, wanted.count)
-        assert (got.lse == -torch.inf).equal(wanted.lse == -torch.inf)
-        torch.testing.assert_close(got.lse, wanted.lse, rtol=1e-4, atol=1e-4)
-        off = (got.out.float() - wanted.out.float()).abs().max()
-        assert off <= 4 * torch.finfo(dtype).eps * x.v.nan_to_num(nan=0.0).float().abs().max()
+        assert_equal_up_to_rounding(got, wanted, x)
 
     @FEWER
     @given(
@@ -374,8 +378,4 @@ class TestOwnOnGpu:
             )  # fmt: skip
 
         got, wanted = online(engine), online("triton")
-        assert torch.equal(got.count, wanted.count)
-        assert (got.lse == -torch.inf).equal(wanted.lse == -torch.inf)
-        torch.testing.assert_close(got.lse, wanted.lse, rtol=1e-4, atol=1e-4)
-        off = (got.out.float() - wanted.out.float()).abs().max()
-        assert off <= 4 * torch.finfo(dtype).eps * x.v.nan_to_num(nan=0.0).float().abs().max()
+        assert_equal_up_to_rounding(got, wanted, x)
