@@ -390,9 +390,9 @@ class Lab:
     def _where_compensation_helps(self, variant: Variant) -> Tensor:
         """bool ``[nodes, heads]``, of one video from noise and one clip with noise of their own."""
         trial = Trial(variant, self.tokens, len(self.model.blocks))
-        first, *_, last = self._trial_scenes()
+        made = self._trial_scenes()
         with self._ordered(), self._dense_kernel():
-            for scene in (first, last):
+            for scene in (made[0], made[-1]):
                 trial.reset()
                 with trial:
                     sample(self.model, scene, self._at(trial, scene))

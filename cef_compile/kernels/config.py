@@ -35,6 +35,8 @@ their order, and 2^31 rows still fit int64."""
 ONLINE_SUMS: Final = 5
 """Integers that the online kernels sum up: kept and visible tile pairs, recall of the rows in
 ``RECALL_UNIT``, rows that see a key, and rows that are NaN."""
+COUNT_BLOCK: Final = 16
+"""Key tiles whose mask the online kernels look at in one step when they count visible tiles."""
 RECALL_UNIT: Final = 2**30
 """Fixed-point units of one row's recall in a sum over rows, which then has no order."""
 
@@ -211,3 +213,10 @@ def audit_tiles(total: int, samples: int, seed: Tensor) -> Tensor:
         bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
     within = (bits ^ (bits >> 16)) >> (32 - AUDIT_DRAW_BITS)
     return ((part << AUDIT_DRAW_BITS) + within) * total // (samples << AUDIT_DRAW_BITS)
+
+
+def mask_strides(key_mask: Tensor | None) -> tuple[int, int]:
+    """Strides of a key mask ``[B or 1, kv_len]``, 0 over a batch that shares it; 0, 0 of none."""
+    if key_mask is None:
+        return 0, 0
+    return (0 if key_mask.shape[0] == 1 else key_mask.stride(0)), key_mask.stride(1)

@@ -112,8 +112,7 @@ def attend(
         scale,
         *q.stride(),
         *out.stride()[:3],
-        0 if key_mask is None or key_mask.shape[0] == 1 else key_mask.stride(0),
-        0 if key_mask is None else key_mask.stride(1),
+        *c.mask_strides(key_mask),
         **constants(head_dim, value_dim, masked=key_mask is not None, ordered=tokens is not None),
         **OPTIONS,
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from typing import Final
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,12 +25,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels.gluon_parts import describe, rows_at
+from cef_compile.kernels.ledger import outputs
 
 _LN2 = gl.constexpr(math.log(2.0))
 _LOG2E = gl.constexpr(math.log2(math.e))
 _RECALL_UNIT = gl.constexpr(c.RECALL_UNIT)
-_COUNT_BLOCK: Final = 16
-"""Key tiles whose mask is looked at in one step when visible tiles are counted."""
 _KEY_STAGES: Final = 3
 """Key tiles in shared memory: the one that is judged, and two on the way."""
 OPTIONS: Final = {"num_warps": 4, "maxnreg": 255}
@@ -65,11 +63,7 @@ def online(
     key_heads, kv_len = k.shape[1], k.shape[2]
     positions = q_len if tokens is None else len(tokens)
     n_m, n_n = c.tiles(positions, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
-    out = q.new_empty(batch, q_len, heads, dim).transpose(1, 2)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    recall = torch.empty_like(lse)
-    kept = torch.empty(batch, heads, n_m, dtype=torch.int32, device=q.device)
-    sums = torch.zeros(c.ONLINE_SUMS, dtype=torch.int64, device=q.device)
+    out, lse, recall, kept, sums = outputs(q, dim, n_m)
     if lse.numel():
         _online[(n_m * heads * batch,)](
             q,
@@ -95,8 +89,7 @@ def online(
             *((n_m, n_n) if exact_tiles is None else exact_tiles),
             *q.stride(),
             *out.stride()[:3],
-            0 if key_mask is None or key_mask.shape[0] == 1 else key_mask.stride(0),
-            0 if key_mask is None else key_mask.stride(1),
+            *c.mask_strides(key_mask),
             **constants(
                 dim,
                 ragged=kv_len % c.BLOCK_N != 0,
@@ -128,7 +121,7 @@ def constants(
         "DIM": dim,
         "BLOCK_M": c.BLOCK_M,
         "BLOCK_N": c.BLOCK_N,
-        "COUNT_BLOCK": _COUNT_BLOCK,
+        "COUNT_BLOCK": c.COUNT_BLOCK,
         "KEY_STAGES": _KEY_STAGES,
         "RAGGED": ragged,
         "HAS_MASK": masked,

@@ -1,4 +1,4 @@
-"""What the kernels of the online filter, in whatever language, have in common: their measures."""
+"""What the kernels of the online filter, in whatever language, have in common: what they return."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ from cef_compile.kernels import config as c
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _RECALL_UNIT = tl.constexpr(c.RECALL_UNIT)
 _WARPS = 4
+
+
+def outputs(
+    q: Tensor, value_dim: int, query_tiles: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for out, lse, recall, kept and sums, of which the sums begin at 0.
+
+    Returns:
+        out ``[B, H, q_len, Dv]`` in (B, q_len, H, Dv) memory order; lse and recall, float32
+        ``[B, H, q_len]``; kept int32 ``[B, H, Tm]``; sums int64 ``[ONLINE_SUMS]``.
+    """
+    batch, heads, q_len, _ = q.shape
+    out = q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+    recall = torch.empty_like(lse)
+    kept = torch.empty(batch, heads, query_tiles, dtype=torch.int32, device=q.device)
+    sums = torch.zeros(c.ONLINE_SUMS, dtype=torch.int64, device=q.device)
+    return out, lse, recall, kept, sums
 
 
 def measures(

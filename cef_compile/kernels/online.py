@@ -11,14 +11,11 @@ from torch import Tensor
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels.descriptor import describe
-from cef_compile.kernels.ledger import log2_threshold_of
+from cef_compile.kernels.ledger import log2_threshold_of, outputs
 
 _LN2 = tl.constexpr(math.log(2.0))
 _LOG2E = tl.constexpr(1.4426950408889634)
 _RECALL_UNIT = tl.constexpr(c.RECALL_UNIT)
-"""Fixed-point units of one row's recall in the sum over rows, which then has no order."""
-_COUNT_BLOCK = 16
-"""Key tiles whose mask is looked at in one step when visible tiles are counted."""
 _CHUNK = 32
 """Key tiles after which it is decided again whether values are worth fetching ahead."""
 
@@ -65,11 +62,7 @@ def online(
     positions = q_len if tokens is None else len(tokens)
     n_m = c.tiles(positions, c.BLOCK_M)
     n_n = c.tiles(kv_len, c.BLOCK_N)
-    out = q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    recall = torch.empty_like(lse)
-    kept = torch.empty(batch, heads, n_m, dtype=torch.int32, device=q.device)
-    sums = torch.zeros(c.ONLINE_SUMS, dtype=torch.int64, device=q.device)
+    out, lse, recall, kept, sums = outputs(q, value_dim, n_m)
     block_d, block_dv = c.padded_dim(dim), c.padded_dim(value_dim)
     if lse.numel():
         _online[(n_m * heads * batch,)](
@@ -100,15 +93,14 @@ def online(
             *k.stride(),
             *v.stride(),
             *out.stride()[:3],
-            0 if key_mask is None or key_mask.shape[0] == 1 else key_mask.stride(0),
-            0 if key_mask is None else key_mask.stride(1),
+            *c.mask_strides(key_mask),
             DIM=dim,
             VALUE_DIM=value_dim,
             BLOCK_D=block_d,
             BLOCK_DV=block_dv,
             BLOCK_M=c.BLOCK_M,
             BLOCK_N=c.BLOCK_N,
-            COUNT_BLOCK=_COUNT_BLOCK,
+            COUNT_BLOCK=c.COUNT_BLOCK,
             RAGGED=kv_len % c.BLOCK_N != 0,
             HAS_MASK=key_mask is not None,
             SAME_LENGTH=q_len == kv_len or tokens is not None,
