@@ -40,6 +40,7 @@ from measure import (
     error,
     flusher,
     inputs,
+    list_engines,
     median_ms,
     online_engines,
     over_lists,
@@ -52,9 +53,9 @@ from torch.profiler import ProfilerActivity, profile
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels.centroids import Arranged, Centroids, arrange, centroids
-from cef_compile.kernels.lists import lists, threshold
+from cef_compile.kernels.lists import lists
 from cef_compile.kernels.order import Layout
-from cef_compile.kernels.plan import Plan, plan, variance_factor
+from cef_compile.kernels.plan import Plan, variance_factor
 
 WAN = {"A14B 480p": (40, 32760), "A14B 720p": (40, 75600), "TI2V-5B 720p": (24, 27280)}
 DENSITIES = (0.2, 0.3, 0.4)
@@ -82,13 +83,18 @@ def control(target: float, log2_threshold: float | None = None) -> Tensor:
     return torch.tensor([target, log2_threshold or 0.0, float(fixed), 1.0], device="cuda")
 
 
-def ranks(q: Tensor, known: Centroids, keep_energy: bool = False, **options: object) -> Plan:
-    """The plan alone, launched as in a call."""
-    tuning = launch._tuning(q, q)
-    return plan(
-        q, known.stats, known.count, scale=q.shape[3] ** -0.5, keep_energy=keep_energy,
-        group_tiles=tuning.plan_group, block_keys=tuning.plan_keys,
-        warps=tuning.plan_warps, stages=tuning.plan_stages, **options,
+def ranks(
+    q: Tensor,
+    known: Centroids,
+    keep_energy: bool = False,
+    tokens: Tensor | None = None,
+    exact_tiles: tuple[int, int] | None = None,
+) -> Plan:
+    """The plan alone, launched as in a call, into memory of its own."""
+    engine = "hopper" if "hopper" in list_engines(q, q.shape[3]) else "triton"
+    return launch._rank(
+        engine, q, replace(known, histogram=None), launch._tuning(q, q),
+        scale=q.shape[3] ** -0.5, tokens=tokens, exact_tiles=exact_tiles, keep_energy=keep_energy,
     )  # fmt: skip
 
 
@@ -106,24 +112,22 @@ def parts() -> Iterator[Row]:
 
         known = means()
         ranked = ranks(q, known)
-        bin_, _, measures = threshold(ranked.histogram, numbers)
 
         def chosen(rule: str = "threshold", energy: Tensor | None = None):
             return lists(
-                ranked.bins, energy, known.count, bin_, numbers, measures, ranked.histogram,
+                ranked.bins, energy, known.count, ranked.histogram, numbers,
                 rule=rule, partial=False, want_kept=False,
             )  # fmt: skip
 
         steps = {
             "centroids": median_ms(means),
             "plan": median_ms(lambda: ranks(q, known)),
-            "threshold": median_ms(lambda: threshold(ranked.histogram, numbers)),
-            "lists": median_ms(chosen),
+            "threshold and lists": median_ms(chosen),
         }
         for name, ms in steps.items():
             yield row(name, shape, ms, base, of_dense=round(ms / base, 4))
         together = sum(steps.values())
-        yield row("all four", shape, together, base, of_dense=round(together / base, 4))
+        yield row("all three", shape, together, base, of_dense=round(together / base, 4))
         energy = ranks(q, known, keep_energy=True).energy
         for rule in ("top_k", "top_p"):
             ms = median_ms(lambda: chosen(rule, energy))
@@ -133,12 +137,21 @@ def parts() -> Iterator[Row]:
         def audited():
             tuning = launch._tuning(q, v)
             launch._audit(
-                q, k, v, result.out, result.lse, numbers, measures, tuning, scale, key_mask=None
+                q,
+                k,
+                v,
+                result.out,
+                result.lse,
+                numbers,
+                result.measures,
+                tuning,
+                scale,
+                key_mask=None,
             )
 
         ms = median_ms(audited)
         yield row("audit", shape, ms, base, of_dense=round(ms / base, 4))
-        listed = chosen()
+        listed, _, _ = chosen()
         natural = torch.arange(listed.order.shape[2], device="cuda", dtype=torch.int32)
         natural = natural.expand_as(listed.order).contiguous()
         engine = c.ENGINES[int(result.measures[c.MEASURE_ENGINE])]

@@ -58,7 +58,8 @@ def lists(heads: int, length: int, density: float | str, keys: int) -> Lists:
     index = (parts * index[..., None] + torch.arange(parts, device="cuda")).flatten(-2)
     order = count.argsort(dim=-1, descending=True, stable=True).int().contiguous()
     count = torch.stack([parts * count] * 2).contiguous()
-    return Lists(index.to(torch.int16).contiguous(), count, order, None)
+    queue = torch.zeros(1, dtype=torch.int32, device="cuda")
+    return Lists(index.to(torch.int16).contiguous(), count, order, queue, None)
 
 
 def fa4(q: Tensor, k: Tensor, v: Tensor, listed: Lists, keys: int) -> Callable[[], Tensor]:

@@ -10,6 +10,7 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -128,8 +129,9 @@ def online_engines(q: Tensor, dim: int, *, bound: bool) -> list[str]:
 
 def over_lists(engine: str, q: Tensor, k: Tensor, v: Tensor, listed: Lists) -> Tensor:
     """Attention over lists by an engine."""
+    fresh = replace(listed, queue=torch.zeros_like(listed.queue))
     return launch._attend(
-        engine, q, k, v, listed, None, launch._tuning(q, v),
+        engine, q, k, v, fresh, None, launch._tuning(q, v),
         scale=q.shape[3] ** -0.5, key_mask=None, tokens=None,
     )[0]  # fmt: skip
 

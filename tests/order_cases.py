@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import strategies as st
-from support import FAMILIES, MASKS, SEEDS, Case
+from support import FAMILIES, MASKS, SEEDS, Case, Inputs
 
-from cef_compile.kernels.order import Layout
+from cef_compile.kernels.order import Layout, token_order
 
 TEXTS = st.sampled_from([0, 0, 1, 7, 64, 70])
 GRIDS = st.one_of(
@@ -39,3 +40,23 @@ def layout_cases(
         layouts,
         fields,
     )
+
+
+def permuted(layout: Layout, x: Inputs) -> tuple[Layout, Inputs, Inputs, torch.Tensor]:
+    """The layout without its text, inputs of its grid alone, the same in its order, the order."""
+    layout = Layout(0, *layout.grid, 0)
+    n = layout.tokens
+    x = x.replace(
+        q=x.q[:, :, :n],
+        k=x.k[:, :, :n],
+        v=x.v[:, :, :n],
+        mask=None if x.mask is None else x.mask[:, :n],
+    )
+    order = token_order(layout)
+    moved = x.replace(
+        q=x.q[:, :, order],
+        k=x.k[:, :, order],
+        v=x.v[:, :, order],
+        mask=None if x.mask is None else x.mask[:, order],
+    )
+    return layout, x, moved, order

@@ -28,10 +28,13 @@ class Centroids:
             ``[..., P : P + D]`` with P the power of two that holds D; zeros elsewhere. Side by
             side, so that one matrix product serves both terms of the plan.
         count: number of visible keys, int32 ``[B or 1, Tn]``.
+        histogram: int64 ``[2, RANK_BINS]``, zeros for one plan to add to, since its programs have
+            no order; None without variances.
     """
 
     stats: Tensor
     count: Tensor
+    histogram: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,13 @@ def centroids(
     width = block_d if variance_factor is None else 2 * block_d
     stats = x.new_empty(batch, heads, n_n, width)
     count_batch = 1 if key_mask is None else key_mask.shape[0]
-    count = torch.zeros(count_batch, n_n, dtype=torch.int32, device=x.device)
+    made = _made(stats, count_batch, for_plan=variance_factor is not None)
     if stats.numel():
         _centroids[(n_n, heads, batch)](
             x,
             stats,
-            count,
+            made.count,
+            made.count if made.histogram is None else made.histogram,
             x if key_mask is None else key_mask,
             kv_len,
             count_batch,
@@ -90,9 +94,20 @@ def centroids(
             BLOCK_N=c.BLOCK_N,
             HAS_MASK=key_mask is not None,
             HAS_VARIANCE=variance_factor is not None,
+            BINS=c.RANK_BINS,
             num_warps=_WARPS,
         )
-    return Centroids(stats, count)
+    return made
+
+
+def _made(stats: Tensor, count_batch: int, *, for_plan: bool) -> Centroids:
+    """Memory of the results, which the kernels fill if there is any tile."""
+    new = torch.empty if stats.numel() else torch.zeros
+    count = new(count_batch, stats.shape[2], dtype=torch.int32, device=stats.device)
+    histogram = None
+    if for_plan:
+        histogram = new(2, c.RANK_BINS, dtype=torch.int64, device=stats.device)
+    return Centroids(stats, count, histogram)
 
 
 def arrange(
@@ -121,11 +136,12 @@ def arrange(
     new_v = v.new_empty(batch, heads, layout.length, value_dim)
     stats = k.new_empty(batch, heads, n_n, width)
     mask_batch = 1 if key_mask is None else key_mask.shape[0]
-    count = torch.zeros(mask_batch, n_n, dtype=torch.int32, device=k.device)
+    made = _made(stats, mask_batch, for_plan=variance_factor is not None)
     tokens = torch.empty(layout.length, dtype=torch.int32, device=k.device)
     new_mask = None
     if key_mask is not None or layout.has_gap:
-        new_mask = torch.zeros(mask_batch, layout.length, dtype=torch.bool, device=k.device)
+        new = torch.empty if stats.numel() else torch.zeros
+        new_mask = new(mask_batch, layout.length, dtype=torch.bool, device=k.device)
     if stats.numel():
         _arrange[(n_n, heads, batch)](
             k,
@@ -133,10 +149,11 @@ def arrange(
             k if key_mask is None else key_mask,
             new_k,
             new_v,
-            count if new_mask is None else new_mask,
+            made.count if new_mask is None else new_mask,
             tokens,
             stats,
-            count,
+            made.count,
+            made.count if made.histogram is None else made.histogram,
             layout.length,
             mask_batch,
             0.0 if variance_factor is None else variance_factor,
@@ -159,9 +176,17 @@ def arrange(
             HAS_MASK=key_mask is not None,
             WRITE_MASK=new_mask is not None,
             HAS_VARIANCE=variance_factor is not None,
+            BINS=c.RANK_BINS,
             num_warps=_WARPS,
         )
-    return Arranged(new_k, new_v, new_mask, tokens, Centroids(stats, count))
+    return Arranged(new_k, new_v, new_mask, tokens, made)
+
+
+@triton.jit
+def _clear(histogram, SIZE: tl.constexpr):
+    """The first program zeroes what a later launch adds to: a launch less than to zero it alone."""
+    if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+        tl.store(histogram + tl.arange(0, SIZE), tl.zeros([SIZE], tl.int64))
 
 
 @triton.jit
@@ -188,6 +213,7 @@ def _centroids(
     x,
     stats,
     count,
+    histogram,
     key_mask,
     kv_len,
     count_batch,
@@ -203,10 +229,13 @@ def _centroids(
     BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_VARIANCE: tl.constexpr,
+    BINS: tl.constexpr,
 ):
     """One program per (key tile, key head, batch)."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_n, heads = tl.num_programs(0), tl.num_programs(1)
+    if HAS_VARIANCE:
+        _clear(histogram, 2 * BINS)
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     seen = keys < kv_len
@@ -290,6 +319,7 @@ def _arrange(
     tokens,
     stats,
     count,
+    histogram,
     length,
     mask_batch,
     variance_factor,
@@ -320,10 +350,13 @@ def _arrange(
     HAS_MASK: tl.constexpr,
     WRITE_MASK: tl.constexpr,
     HAS_VARIANCE: tl.constexpr,
+    BINS: tl.constexpr,
 ):
     """One program per (key tile of the order, key head, batch)."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n_n, heads = tl.num_programs(0), tl.num_programs(1)
+    if HAS_VARIANCE:
+        _clear(histogram, 2 * BINS)
     position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     token = _token_at(
         position, before, frames, height, width, after,
@@ -335,21 +368,22 @@ def _arrange(
     dims = tl.arange(0, BLOCK_D)
     value_dims = tl.arange(0, BLOCK_DV)
 
-    first = batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
-    at = source[:, None] * v_l + value_dims.to(tl.int64)[None, :] * v_d
-    narrow = (value_dims < VALUE_DIM)[None, :]
-    values = tl.load(v + first + at, mask=real[:, None] & narrow, other=0.0)
-    row = (batch.to(tl.int64) * heads + head) * length + position
-    tl.store(
-        new_v + row[:, None] * VALUE_DIM + value_dims[None, :],
-        values,
-        mask=inside[:, None] & narrow,
-    )
+    # All loads before any store, which the compiler would not move them across.
     first = batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     at = source[:, None] * k_l + dims.to(tl.int64)[None, :] * k_d
     narrow = (dims < DIM)[None, :]
     keys = tl.load(k + first + at, mask=real[:, None] & narrow, other=0.0)
+    first = batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
+    at = source[:, None] * v_l + value_dims.to(tl.int64)[None, :] * v_d
+    narrow_value = (value_dims < VALUE_DIM)[None, :]
+    values = tl.load(v + first + at, mask=real[:, None] & narrow_value, other=0.0)
+    row = (batch.to(tl.int64) * heads + head) * length + position
     tl.store(new_k + row[:, None] * DIM + dims[None, :], keys, mask=inside[:, None] & narrow)
+    tl.store(
+        new_v + row[:, None] * VALUE_DIM + value_dims[None, :],
+        values,
+        mask=inside[:, None] & narrow_value,
+    )
 
     seen = real
     if HAS_MASK:

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels.gluon_parts import describe, rows_at
+from cef_compile.kernels.gluon_parts import describe, rows_at, whole_lines
 from cef_compile.kernels.products import (
     add_values,
     main_part,
@@ -61,6 +61,7 @@ def attend(
     index: Tensor,
     count: Tensor,
     order: Tensor,
+    queue: Tensor,
     *,
     scale: float,
     key_mask: Tensor | None = None,
@@ -71,7 +72,7 @@ def attend(
     Args:
         q: ``[B, H, q_len, D]``, any strides; k ``[B, Hk, kv_len, D]``, v ``[B, Hk, kv_len, Dv]``,
             strides that TMA takes; bf16 or fp16; ``D`` and ``Dv`` multiples of 8 up to 128.
-        index, count, order: of :class:`~cef_compile.kernels.lists.Lists`.
+        index, count, order, queue: of :class:`~cef_compile.kernels.lists.Lists`.
         scale: factor of the scores.
         key_mask: bool ``[B or 1, kv_len]``, any strides.
         tokens: int32 ``[length]``, a token order: as for the Triton kernel.
@@ -98,7 +99,7 @@ def attend(
         index,
         count,
         order,
-        torch.zeros(1, dtype=torch.int32, device=q.device),
+        queue,
         out,
         lse,
         q_len,
@@ -143,12 +144,6 @@ def _multiprocessors(device: torch.device) -> int:
 def _width(dim):
     """Channels that shared memory holds: TMA fills it with zeros beyond ``dim``."""
     return 64 if dim <= 64 else 128
-
-
-@gluon.constexpr_function
-def _whole_lines(width):
-    """Layout of a group's rows in which threads side by side access memory side by side."""
-    return gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
 
 
 @gluon.jit
@@ -329,8 +324,8 @@ def _consume(
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
     key_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
-    q_layout: gl.constexpr = _whole_lines(_width(HEAD_DIM))
-    value_layout: gl.constexpr = _whole_lines(VALUE_WIDTH)
+    q_layout: gl.constexpr = whole_lines(_width(HEAD_DIM), 4)
+    value_layout: gl.constexpr = whole_lines(VALUE_WIDTH, 4)
     one_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = k_steps.dtype
 

@@ -23,9 +23,9 @@ from cef_compile.kernels.audit import audit
 from cef_compile.kernels.centroids import Centroids, arrange, centroids
 from cef_compile.kernels.descriptor import can_describe
 from cef_compile.kernels.engines import Call, find_engine
-from cef_compile.kernels.lists import Lists, lists, threshold
+from cef_compile.kernels.lists import Lists, lists
 from cef_compile.kernels.order import Layout
-from cef_compile.kernels.plan import plan, variance_factor
+from cef_compile.kernels.plan import Plan, plan, variance_factor
 from cef_compile.kernels.tuning import Tuning, find_tuning
 
 _TMA_ARCHITECTURE = 90
@@ -117,32 +117,27 @@ def planned(
         tokens, exact_tiles, cents = arranged.tokens, layout.exact_tiles, arranged.centroids
     partial = tiled_mask is not None or tiled_k.shape[2] % c.BLOCK_N != 0
     engine = _engine(engine, q, tiled_k, tiled_v, tiled_mask, tokens, compensate=compensate)
-    ranked = plan(
+    ranked = _rank(
+        engine,
         q,
-        cents.stats,
-        cents.count,
+        cents,
+        tuning,
         scale=scale,
         tokens=tokens,
         exact_tiles=exact_tiles,
         keep_energy=rule != "threshold",
-        group_tiles=tuning.plan_group,
-        block_keys=tuning.plan_keys,
-        warps=tuning.plan_warps,
-        stages=tuning.plan_stages,
     )
-    bin_, curve, measures = threshold(ranked.histogram, control, engine)
-    listed = lists(
+    listed, curve, measures = lists(
         ranked.bins,
         ranked.energy,
         cents.count,
-        bin_,
-        control,
-        measures,
         ranked.histogram,
+        control,
         rule=rule,
         partial=partial,
         want_kept=compensate,
         exact_tiles=exact_tiles,
+        engine=engine,
     )
     out, lse = _attend(
         engine,
@@ -189,6 +184,42 @@ def _engine(
     return find_engine(call, wanted)
 
 
+def _rank(
+    engine: str,
+    q: Tensor,
+    known: Centroids,
+    tuning: Tuning,
+    *,
+    scale: float,
+    tokens: Tensor | None,
+    exact_tiles: tuple[int, int] | None,
+    keep_energy: bool,
+) -> Plan:
+    """The plan for an engine: in Gluon beside the attention in Gluon, up to a number of keys."""
+    kernel: Callable[..., Plan] = functools.partial(
+        plan,
+        group_tiles=tuning.plan_group,
+        block_keys=tuning.plan_keys,
+        warps=tuning.plan_warps,
+        stages=tuning.plan_stages,
+    )
+    if engine == "hopper":
+        from cef_compile.kernels import hopper_plan
+
+        if hopper_plan.takes(q.shape[3], known.count.shape[1]):
+            kernel = hopper_plan.plan
+    return kernel(
+        q,
+        known.stats,
+        known.count,
+        scale=scale,
+        tokens=tokens,
+        exact_tiles=exact_tiles,
+        keep_energy=keep_energy,
+        histogram=known.histogram,
+    )
+
+
 def _attend(
     engine: str,
     q: Tensor,
@@ -213,6 +244,7 @@ def _attend(
             listed.index,
             listed.count,
             listed.order,
+            listed.queue,
             scale=scale,
             key_mask=key_mask,
             tokens=tokens,

@@ -13,14 +13,16 @@ from cef_compile.kernels import config as c
 
 _LIST_BLOCK = 1024
 """Key tiles looked at in one step of a list."""
-_ORDER_BLOCK = 128
-"""Query tiles whose places in the order one program finds."""
+_ORDER_BLOCK = 32
+"""Query tiles whose places in the order one program finds ..."""
+_ORDER_OTHERS = 128
+"""... and how many it compares them with in one step."""
 _WARPS = 4
 
 
 @dataclass(frozen=True)
 class Lists:
-    """Which key tiles each query tile attends to.
+    """Which key tiles each query tile attends to, for one attention over them.
 
     Attributes:
         index: int16 (int32 above ``INT16_TILES`` key tiles) ``[B, H, Tm, Tn]``; the first
@@ -28,38 +30,88 @@ class Lists:
             visible ones ascending.
         count: int32 ``[2, B, H, Tm]``: listed tiles, and how many of them are wholly visible.
         order: int32 ``[B, H, Tm]``, query tiles of each head by falling count.
+        queue: int32 ``[1]``, 0: in it programs count the query tiles that they take, so that it is
+            used up.
         kept: uint8 ``[B, H, Tm, Tn]``, 1 where listed; None unless asked for.
     """
 
     index: Tensor
     count: Tensor
     order: Tensor
+    queue: Tensor
     kept: Tensor | None
 
 
-def threshold(
-    histogram: Tensor, control: Tensor, engine: str = "triton"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Threshold bin of a node, its normalised histogram, and the measures that follow from both.
+def lists(
+    bins: Tensor,
+    energy: Tensor | None,
+    count: Tensor,
+    histogram: Tensor,
+    control: Tensor,
+    *,
+    rule: str,
+    partial: bool,
+    want_kept: bool,
+    exact_tiles: tuple[int, int] | None = None,
+    engine: str = "triton",
+) -> tuple[Lists, Tensor, Tensor]:
+    """Compact lists of the tiles that a rule keeps, and what they say of the call.
+
+    ``threshold`` keeps the visible pairs from the threshold's bin on, which is the one of
+    :func:`~cef_compile.kernels.config.threshold_bin`, or given; ``top_k`` and ``top_p`` are those
+    of the reference.
 
     Args:
-        histogram: int64 ``[2, RANK_BINS]`` of :class:`~cef_compile.kernels.plan.Plan`.
+        bins, energy: of :class:`~cef_compile.kernels.plan.Plan`; the energy only for top_k, top_p.
+        count: int32 ``[B or 1, Tn]``, visible keys of each tile.
+        histogram: int64 ``[2, RANK_BINS]`` of the plan.
         control: float32 ``[CONTROL_SIZE]``.
+        rule: one of ``PLANNED_RULES``.
+        partial: whether a tile may be partly visible.
+        want_kept: also return the kept pairs as a mask.
+        exact_tiles: first query tile and first key tile of exact tokens: those and all later ones
+            are kept whatever the rule says.
         engine: one of ``ENGINES``, what will compute the attention: to be put on record.
 
     Returns:
-        int32 ``[1]``, float32 ``[2, RANK_BINS]``, and float32 ``[MEASURE_SIZE]`` with density,
-        estimate, log2 of the threshold and engine set, the audit's places NaN.
+        The lists, the normalised histogram float32 ``[2, RANK_BINS]``, and float32
+        ``[MEASURE_SIZE]`` with density, estimate, log2 of the threshold and engine set, the audit's
+        places NaN.
     """
-    bin_ = torch.empty(1, dtype=torch.int32, device=histogram.device)
-    curve = torch.empty(histogram.shape, device=histogram.device)
-    measures = torch.empty(c.MEASURE_SIZE, device=histogram.device)
-    _threshold[(1,)](
+    batch, heads, n_m, n_n = bins.shape
+    device = bins.device
+    dtype = torch.int16 if n_n <= c.INT16_TILES else torch.int32
+    index = torch.empty(bins.shape, dtype=dtype, device=device)
+    counts = torch.empty(2, batch, heads, n_m, dtype=torch.int32, device=device)
+    order = torch.empty(batch, heads, n_m, dtype=torch.int32, device=device)
+    queue = torch.empty(1, dtype=torch.int32, device=device)
+    kept = torch.empty_like(bins) if want_kept else None
+    curve = torch.empty(histogram.shape, device=device)
+    measures = torch.empty(c.MEASURE_SIZE, device=device)
+    taken = histogram if rule == "threshold" else torch.zeros(2, dtype=torch.int64, device=device)
+    total = batch * heads * n_m
+    # At least one program: the measures of nothing are measures too.
+    _lists[(max(n_m, 1), max(heads, 1), max(batch, 1))](
+        bins,
+        bins if energy is None else energy,
+        count,
         histogram,
         control,
-        bin_,
+        index,
+        counts,
+        bins if kept is None else kept,
+        taken,
         curve,
         measures,
+        queue,
+        n_n if total else 0,
+        0 if count.shape[0] == 1 else n_n,
+        total,
+        *((n_m, n_n) if exact_tiles is None else exact_tiles),
+        RULE=rule,
+        PARTIAL=partial,
+        WANT_KEPT=want_kept,
+        BLOCK_N=c.BLOCK_N,
         BINS=c.RANK_BINS,
         BINS_PER_OCTAVE=c.BINS_PER_OCTAVE,
         OCTAVES=c.RANK_OCTAVES,
@@ -68,82 +120,14 @@ def threshold(
         FIXED=c.CONTROL_FIXED,
         DENSITY=c.MEASURE_DENSITY,
         ESTIMATE=c.MEASURE_ESTIMATE,
-        RECALL=c.MEASURE_RECALL,
-        STDERR=c.MEASURE_STDERR,
-        ERROR=c.MEASURE_ERROR,
-        SIZE=c.MEASURE_SIZE,
         APPLIED=c.MEASURE_LOG2_THRESHOLD,
         ENGINE=c.MEASURE_ENGINE,
+        SIZE=c.MEASURE_SIZE,
         USED=c.ENGINES.index(engine),
+        ENERGY_UNIT=c.ENERGY_UNIT,
+        STEP=min(_LIST_BLOCK, triton.next_power_of_2(max(n_n, 1))),
         num_warps=_WARPS,
     )
-    return bin_, curve, measures
-
-
-def lists(
-    bins: Tensor,
-    energy: Tensor | None,
-    count: Tensor,
-    threshold_bin: Tensor,
-    control: Tensor,
-    measures: Tensor,
-    histogram: Tensor,
-    *,
-    rule: str,
-    partial: bool,
-    want_kept: bool,
-    exact_tiles: tuple[int, int] | None = None,
-) -> Lists:
-    """Compact lists of the tiles that a rule keeps.
-
-    ``threshold`` keeps the visible pairs whose bin is at or above ``threshold_bin``; ``top_k`` and
-    ``top_p`` are those of the reference, and overwrite the ``measures`` that depend on them.
-
-    Args:
-        bins, energy: of :class:`~cef_compile.kernels.plan.Plan`; the energy only for top_k, top_p.
-        count: int32 ``[B or 1, Tn]``, visible keys of each tile.
-        threshold_bin, control, measures: see :func:`threshold`.
-        histogram: int64 ``[2, RANK_BINS]``.
-        rule: one of ``PLANNED_RULES``.
-        partial: whether a tile may be partly visible.
-        want_kept: also return the kept pairs as a mask.
-        exact_tiles: first query tile and first key tile of exact tokens: those and all later ones
-            are kept whatever the rule says.
-    """
-    batch, heads, n_m, n_n = bins.shape
-    device = bins.device
-    dtype = torch.int16 if n_n <= c.INT16_TILES else torch.int32
-    index = torch.empty(bins.shape, dtype=dtype, device=device)
-    counts = torch.zeros(2, batch, heads, n_m, dtype=torch.int32, device=device)
-    order = torch.empty(batch, heads, n_m, dtype=torch.int32, device=device)
-    kept = torch.empty_like(bins) if want_kept else None
-    taken = torch.zeros(2, dtype=torch.int64, device=device)
-    total = batch * heads * n_m
-    if bins.numel():
-        _lists[(n_m, heads, batch)](
-            bins,
-            bins if energy is None else energy,
-            count,
-            threshold_bin,
-            control,
-            index,
-            counts,
-            bins if kept is None else kept,
-            taken,
-            n_n,
-            0 if count.shape[0] == 1 else n_n,
-            total,
-            *((n_m, n_n) if exact_tiles is None else exact_tiles),
-            RULE=rule,
-            PARTIAL=partial,
-            WANT_KEPT=want_kept,
-            BLOCK_N=c.BLOCK_N,
-            TOP_BIN=c.TOP_BIN,
-            TARGET=c.CONTROL_TARGET,
-            ENERGY_UNIT=c.ENERGY_UNIT,
-            STEP=min(_LIST_BLOCK, triton.next_power_of_2(n_n)),
-            num_warps=_WARPS,
-        )
     if rule != "threshold":
         _measure[(1,)](
             histogram,
@@ -157,39 +141,24 @@ def lists(
         )
     if total:
         _order[(triton.cdiv(n_m, _ORDER_BLOCK), batch * heads)](
-            counts, order, n_m, BLOCK=_ORDER_BLOCK, num_warps=_WARPS
+            counts, order, n_m, BLOCK=_ORDER_BLOCK, OTHERS=_ORDER_OTHERS, num_warps=_WARPS
         )
-    return Lists(index, counts, order, kept)
+    return Lists(index, counts, order, queue, kept), curve, measures
 
 
 @triton.jit
-def _threshold(
-    histogram,
+def _threshold_bin(
+    energy,
     control,
-    out,
-    curve,
-    measures,
     BINS: tl.constexpr,
     BINS_PER_OCTAVE: tl.constexpr,
     OCTAVES: tl.constexpr,
     TARGET: tl.constexpr,
     LOG2_THRESHOLD: tl.constexpr,
     FIXED: tl.constexpr,
-    DENSITY: tl.constexpr,
-    ESTIMATE: tl.constexpr,
-    RECALL: tl.constexpr,
-    STDERR: tl.constexpr,
-    ERROR: tl.constexpr,
-    SIZE: tl.constexpr,
-    APPLIED: tl.constexpr,
-    ENGINE: tl.constexpr,
-    USED: tl.constexpr,
 ):
-    """One program. Sums are of integers, so that no rounding decides which bin is reached."""
-    bins = tl.arange(0, BINS)
-    energy = tl.load(histogram + bins)
-    number = tl.load(histogram + BINS + bins)
-    mass, pairs = tl.sum(energy, 0), tl.sum(number, 0)
+    """Lowest kept bin. Sums are of integers, so that no rounding decides which bin is reached."""
+    mass = tl.sum(energy, 0)
     recall = tl.load(control + TARGET)
     above = mass - tl.cumsum(energy, 0) + energy
     reached = above.to(tl.float64) >= recall.to(tl.float64) * mass.to(tl.float64)
@@ -197,25 +166,49 @@ def _threshold(
     own = tl.where((recall >= 1) | (mass == 0), 0, own)
     given = tl.ceil((tl.load(control + LOG2_THRESHOLD) + OCTAVES) * BINS_PER_OCTAVE)
     given = tl.minimum(tl.maximum(given, 0.0), BINS - 1).to(tl.int32)
-    bin_ = tl.where(tl.load(control + FIXED) > 0, given, own)
-    tl.store(out, bin_)
+    return tl.where(tl.load(control + FIXED) > 0, given, own)
 
+
+@triton.jit
+def _record(
+    energy,
+    number,
+    bin_,
+    curve,
+    measures,
+    BINS: tl.constexpr,
+    BINS_PER_OCTAVE: tl.constexpr,
+    OCTAVES: tl.constexpr,
+    DENSITY: tl.constexpr,
+    ESTIMATE: tl.constexpr,
+    APPLIED: tl.constexpr,
+    ENGINE: tl.constexpr,
+    SIZE: tl.constexpr,
+    USED: tl.constexpr,
+):
+    """Store the normalised histogram and what follows from it and the threshold's bin."""
+    bins = tl.arange(0, BINS)
+    mass, pairs = tl.sum(energy, 0), tl.sum(number, 0)
     mass64 = tl.maximum(mass, 1).to(tl.float64)
     pairs64 = tl.maximum(pairs, 1).to(tl.float64)
     tl.store(curve + bins, (energy.to(tl.float64) / mass64).to(tl.float32))
     tl.store(curve + BINS + bins, (number.to(tl.float64) / pairs64).to(tl.float32))
     kept_mass = tl.sum(tl.where(bins >= bin_, energy, 0), 0).to(tl.float64)
     kept_pairs = tl.sum(tl.where(bins >= bin_, number, 0), 0).to(tl.float64)
-    density = tl.where(pairs > 0, kept_pairs / pairs64, 1.0)
-    estimate = tl.where(mass > 0, kept_mass / mass64, 1.0)
-    tl.store(measures + DENSITY, density.to(tl.float32))
-    tl.store(measures + ESTIMATE, estimate.to(tl.float32))
-    tl.store(measures + RECALL, float("nan"))
-    tl.store(measures + STDERR, float("nan"))
-    for at in tl.static_range(ERROR, SIZE):  # an audit's alone
-        tl.store(measures + at, float("nan"))
-    tl.store(measures + APPLIED, bin_.to(tl.float32) / BINS_PER_OCTAVE - OCTAVES)
-    tl.store(measures + ENGINE, USED)
+    density = tl.where(pairs > 0, kept_pairs / pairs64, 1.0).to(tl.float32)
+    estimate = tl.where(mass > 0, kept_mass / mass64, 1.0).to(tl.float32)
+    applied = bin_.to(tl.float32) / BINS_PER_OCTAVE - OCTAVES
+    for at in tl.static_range(SIZE):
+        if at == DENSITY:
+            tl.store(measures + at, density)
+        elif at == ESTIMATE:
+            tl.store(measures + at, estimate)
+        elif at == APPLIED:
+            tl.store(measures + at, applied)
+        elif at == ENGINE:
+            tl.store(measures + at, USED)
+        else:  # an audit's alone
+            tl.store(measures + at, float("nan"))
 
 
 @triton.jit
@@ -257,12 +250,15 @@ def _lists(
     bins,
     energy,
     count,
-    threshold_bin,
+    histogram,
     control,
     index,
     counts,
     kept,
     taken,
+    curve,
+    measures,
+    queue,
     n_n,
     count_b,
     total,
@@ -272,15 +268,36 @@ def _lists(
     PARTIAL: tl.constexpr,
     WANT_KEPT: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TOP_BIN: tl.constexpr,
+    BINS: tl.constexpr,
+    BINS_PER_OCTAVE: tl.constexpr,
+    OCTAVES: tl.constexpr,
     TARGET: tl.constexpr,
+    LOG2_THRESHOLD: tl.constexpr,
+    FIXED: tl.constexpr,
+    DENSITY: tl.constexpr,
+    ESTIMATE: tl.constexpr,
+    APPLIED: tl.constexpr,
+    ENGINE: tl.constexpr,
+    SIZE: tl.constexpr,
+    USED: tl.constexpr,
     ENERGY_UNIT: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One program per (query tile, head, batch)."""
+    """One program per (query tile, head, batch). Each finds the threshold: a launch less."""
     n_m, heads = tl.num_programs(0), tl.num_programs(1)
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    TOP_BIN: tl.constexpr = BINS - 1
     row = (batch.to(tl.int64) * heads + head) * n_m + tile
+    masses = tl.load(histogram + tl.arange(0, BINS))
+    cutoff = _threshold_bin(
+        masses, control, BINS, BINS_PER_OCTAVE, OCTAVES, TARGET, LOG2_THRESHOLD, FIXED
+    )
+    if row == 0:
+        tl.store(queue, 0)
+        _record(
+            masses, tl.load(histogram + BINS + tl.arange(0, BINS)), cutoff, curve, measures,
+            BINS, BINS_PER_OCTAVE, OCTAVES, DENSITY, ESTIMATE, APPLIED, ENGINE, SIZE, USED,
+        )  # fmt: skip
     bins += row * n_n
     energy += row * n_n
     index += row * n_n
@@ -288,8 +305,7 @@ def _lists(
     count += batch * count_b
     step = tl.arange(0, STEP)
 
-    # The lowest bin of the list, and for top_k and top_p how much of that bin is wanted.
-    cutoff = tl.load(threshold_bin)
+    # For top_k and top_p another lowest bin, and how much of it is wanted.
     wanted = 0.0
     above = 0.0
     if RULE != "threshold":
@@ -358,22 +374,22 @@ def _lists(
             listed += tl.sum(keep.to(tl.int32), 0)
         if phase == 0:
             whole = listed
-    tl.store(counts + row, listed)
-    tl.store(counts + total + row, whole)
+    tl.store(counts + row, listed, mask=row < total)
+    tl.store(counts + total + row, whole, mask=row < total)
     if RULE != "threshold":
         tl.atomic_add(taken, tl.floor(mass * ENERGY_UNIT + 0.5).to(tl.int64), sem="relaxed")
         tl.atomic_add(taken + 1, tl.cast(listed, tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["n_m"])
-def _order(counts, order, n_m, BLOCK: tl.constexpr):
+def _order(counts, order, n_m, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
     """One program per (block of query tiles, head of a batch): places by falling count."""
     row = tl.program_id(1).to(tl.int64) * n_m
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mine = tl.load(counts + row + at, mask=at < n_m, other=0)
     place = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, n_m, BLOCK):
-        other = start + tl.arange(0, BLOCK)
+    for start in range(0, n_m, OTHERS):
+        other = start + tl.arange(0, OTHERS)
         theirs = tl.load(counts + row + other, mask=other < n_m, other=-1)
         sooner = theirs[None, :] > mine[:, None]
         sooner |= (theirs[None, :] == mine[:, None]) & (other[None, :] < at[:, None])

@@ -38,6 +38,21 @@ class Plan:
     histogram: Tensor
 
 
+def empty_plan(
+    shape: tuple[int, int, int, int],
+    histogram: Tensor | None,
+    *,
+    keep_energy: bool,
+    device: torch.device,
+) -> Plan:
+    """Memory of a plan ``[B, H, Tm, Tn]``, with zeros for the histogram where none are given."""
+    bins = torch.empty(shape, dtype=torch.uint8, device=device)
+    energy = torch.empty(shape, device=device) if keep_energy else None
+    if histogram is None:
+        histogram = torch.zeros(2, c.RANK_BINS, dtype=torch.int64, device=device)
+    return Plan(bins, energy, histogram)
+
+
 def variance_factor(scale: float) -> float:
     """Factor that :func:`plan` expects in the variances: its term is ``scale * (a q^2) . s2``."""
     return 0.5 * scale / c.PLAN_SQUARE_FACTOR
@@ -52,6 +67,7 @@ def plan(
     tokens: Tensor | None = None,
     exact_tiles: tuple[int, int] | None = None,
     keep_energy: bool,
+    histogram: Tensor | None = None,
     group_tiles: int,
     block_keys: int,
     warps: int,
@@ -70,6 +86,7 @@ def plan(
             is row ``tokens[i]`` of q, none where it is -1.
         exact_tiles: first query tile and first key tile of exact tokens.
         keep_energy: also return the energy of every pair.
+        histogram: int64 zeros ``[2, RANK_BINS]`` that the plan may add to; None to make them.
         group_tiles: query tiles per program, which share each centroid tile it reads.
         block_keys: key tiles per step.
         warps, stages: of each program.
@@ -78,18 +95,16 @@ def plan(
     positions = q_len if tokens is None else len(tokens)
     n_m = c.tiles(positions, c.BLOCK_M)
     n_n = count.shape[1]
-    bins = torch.empty(batch, heads, n_m, n_n, dtype=torch.uint8, device=q.device)
-    energy = torch.empty(bins.shape, device=q.device) if keep_energy else None
-    histogram = torch.zeros(2, c.RANK_BINS, dtype=torch.int64, device=q.device)
-    if bins.numel():
+    made = empty_plan((batch, heads, n_m, n_n), histogram, keep_energy=keep_energy, device=q.device)
+    if made.bins.numel():
         _plan[(triton.cdiv(n_m, group_tiles), heads, batch)](
             q,
             stats,
             count,
             count if tokens is None else tokens,
-            bins,
-            histogram if energy is None else energy,
-            histogram,
+            made.bins,
+            made.histogram if made.energy is None else made.energy,
+            made.histogram,
             positions,
             n_m,
             n_n,
@@ -116,7 +131,7 @@ def plan(
             STAGES=stages,
             num_warps=warps,
         )
-    return Plan(bins, energy, histogram)
+    return made
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
     python compile_hopper.py attend HEAD_DIM VALUE_DIM OTHER
     python compile_hopper.py online HEAD_DIM OTHER
+    python compile_hopper.py plan HEAD_DIM KEY_TILES OTHER
 
 OTHER: True with a key mask and in a token order, False without.
 
@@ -24,13 +25,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels import hopper, hopper_online
+from cef_compile.kernels import hopper, hopper_online, hopper_plan
 
 POINTERS = {
     "tokens": "i32",
     "q": "bf16", "out": "bf16", "lse": "fp32", "index": "i16", "count": "i32", "order": "i32",
     "queue": "i32", "key_mask": "i1", "control": "fp32", "recall": "fp32", "kept": "i32",
-    "sums": "i64",
+    "sums": "i64", "bins": "u8", "energy": "fp32", "histogram": "i64",
 }  # fmt: skip
 ALIGNED = {*POINTERS, "q_b", "q_h", "q_l", "out_b", "out_h", "out_l"}
 Built = triton.compiler.CompiledKernel
@@ -39,7 +40,7 @@ Built = triton.compiler.CompiledKernel
 def attend(head_dim: int, value_dim: int, other: bool) -> Built:
     """The kernel as ``hopper.attend`` launches it."""
     given = hopper.constants(head_dim, value_dim, masked=other, ordered=other)
-    return build(hopper._attend, given, 64, hopper.OPTIONS)
+    return build(hopper._attend, given, tiles_of(64), hopper.OPTIONS)
 
 
 def online(head_dim: int, other: bool) -> Built:
@@ -54,12 +55,29 @@ def online(head_dim: int, other: bool) -> Built:
         rule="share",
         certify="mean",
     )
-    return build(hopper_online._online, given, head_dim, hopper_online.OPTIONS)
+    return build(hopper_online._online, given, tiles_of(head_dim), hopper_online.OPTIONS)
 
 
-def build(kernel: Any, given: dict[str, Any], width: int, options: dict[str, Any]) -> Built:
-    """A kernel for contiguous rows, whose copies are so many channels wide."""
-    layout = gl.NVMMASharedLayout(128, 16, 4)
+def plan(head_dim: int, key_tiles: int, other: bool) -> Built:
+    """The kernel as ``hopper_plan.plan`` launches it."""
+    given = hopper_plan.constants(
+        head_dim, key_tiles, keep_energy=other, ordered=other, exact=other
+    )
+    width = 2 * c.padded_dim(head_dim)
+    blocks = {"stats_desc": (hopper_plan.step_block(width), hopper_plan.step_layout(width))}
+    return build(hopper_plan._plan, given, blocks, hopper_plan.OPTIONS)
+
+
+def tiles_of(width: int) -> dict[str, Any]:
+    """Blocks of k and v: so many channels of a tile."""
+    block = ([1, 1, c.BLOCK_N, width], gl.NVMMASharedLayout(128, 16, 4))
+    return {"k_desc": block, "v_desc": block}
+
+
+def build(
+    kernel: Any, given: dict[str, Any], blocks: dict[str, Any], options: dict[str, Any]
+) -> Built:
+    """A kernel for contiguous rows; of each descriptor the block it copies and its layout."""
     given = {**given, "q_d": 1, "mask_l": 1}
     signature, constants, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
@@ -69,7 +87,8 @@ def build(kernel: Any, given: dict[str, Any], width: int, options: dict[str, Any
         elif name in POINTERS:
             signature[name] = f"*{POINTERS[name]}"
         elif name.endswith("_desc"):
-            signature[name] = f"tensordesc<bf16[1, 1, {c.BLOCK_N}, {width}],{layout!r}>"
+            block, layout = blocks[name]
+            signature[name] = f"tensordesc<bf16{block},{layout!r}>"
         else:
             signature[name] = "fp32" if name in ("scale", "even") else "i32"
         if name in ALIGNED:
@@ -102,7 +121,7 @@ def beside_products(code: list[str]) -> list[int]:
 
 def main() -> None:
     *dims, other = sys.argv[2:]
-    make = {"attend": attend, "online": online}[sys.argv[1]]
+    make = {"attend": attend, "online": online, "plan": plan}[sys.argv[1]]
     kernel = make(*map(int, dims), other == "True")
     code = machine_code(kernel)
     print(

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from support import Case, Inputs, by_element, cases, oracle
+from support import Case, Inputs, by_element, cases, oracle, visible_tiles
 from torch import Tensor
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels import reference as ref
+from cef_compile.kernels.plan import Plan
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -199,6 +200,31 @@ def tie_margin(x: Inputs) -> float:
     return float(2 * c.BINS_PER_OCTAVE * 1.4427 * 2 * rounding * (products + squares)) + 1e-3
 
 
+def assert_plan(x: Inputs, ranked: Plan) -> None:
+    """Bins are the reference's within the tie margin; the histogram is that of the bins."""
+    wanted = ref.plan(x.q, ref.centroids(x.k, x.mask), x.scale)
+    seen = visible_tiles(x)[:, None, None].expand_as(wanted.bins)
+    bins, energy = ranked.bins.cpu(), ranked.energy.cpu()
+    margin = tie_margin(x)
+
+    best = (wanted.bins == c.TOP_BIN) | (bins == c.TOP_BIN)  # which of near equals is the best
+    off = (bins.int() - wanted.bins.int()).abs()[seen & ~best]
+    assert not off.numel() or off.max() <= 1 + margin
+    assert ((bins == c.TOP_BIN) & seen).any(-1).equal(seen.any(-1))
+
+    rows = min(x.q.shape[2], c.BLOCK_M) // c.PLAN_ROW_STRIDE + 1
+    slack = rows * min(1.0, 2 ** min(1.0, margin / c.BINS_PER_OCTAVE) - 1) + 1e-4
+    torch.testing.assert_close(energy, wanted.energy.float(), rtol=0, atol=slack)
+
+    curve, number = ranked.histogram.cpu()
+    assert number.sum() == seen.sum()
+    assert torch.equal(number, bins[seen].int().bincount(minlength=c.RANK_BINS))
+    sums = torch.zeros(c.RANK_BINS, dtype=torch.float64)
+    sums.index_add_(0, bins[seen].int(), energy[seen].double())
+    # Two fp16 parts carry an energy to 2^-21, fp32 sums a little less.
+    torch.testing.assert_close(curve.double() / c.ENERGY_UNIT, sums, rtol=3e-6, atol=3e-6 * rows)
+
+
 __all__ = [
     "DEVICE",
     "DTYPES",
@@ -210,6 +236,7 @@ __all__ = [
     "Case",
     "assert_audit",
     "assert_output",
+    "assert_plan",
     "laid_out",
     "listed",
     "low_precision",

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, DTYPES, FEWER, LAYOUTS, MARKS, laid_out, on_cpu, on_device
-from order_cases import layout_cases
+from order_cases import layout_cases, permuted
 from support import Case, Inputs, achieved, control, oracle, same_bits
 
 from cef_compile.kernels import config as c
@@ -75,22 +75,7 @@ def test_is_the_filter_of_permuted_tokens(
 ) -> None:
     """Without text: bit for bit what one gets by permuting q, k, v and mask from outside."""
     layout, case = drawn
-    layout = Layout(0, *layout.grid, 0)
-    n = layout.tokens
-    x = case.make(dtype)
-    x = x.replace(
-        q=x.q[:, :, :n],
-        k=x.k[:, :, :n],
-        v=x.v[:, :, :n],
-        mask=None if x.mask is None else x.mask[:, :n],
-    )
-    order = token_order(layout)
-    moved = x.replace(
-        q=x.q[:, :, order],
-        k=x.k[:, :, order],
-        v=x.v[:, :, order],
-        mask=None if x.mask is None else x.mask[:, order],
-    )
+    layout, x, moved, order = permuted(layout, case.make(dtype))
     numbers = control(0.8)
     got = run(name, on_device(x), numbers, layout=layout)
     wanted = run(name, on_device(moved), numbers)

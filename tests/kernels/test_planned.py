@@ -15,11 +15,11 @@ from kernel_cases import (
     MARKS,
     assert_audit,
     assert_output,
+    assert_plan,
     laid_out,
     listed,
     on_cpu,
     on_device,
-    tie_margin,
 )
 from support import Case, Inputs, control, same_bits, visible_tiles
 
@@ -84,27 +84,7 @@ def test_plan(case: Case, dtype: torch.dtype, group_tiles: int, block_keys: int)
     """Bins are the reference's within the tie margin; the histogram is that of the bins."""
     x = case.make(dtype)
     ranked, _ = kernel_plan(on_device(x), group_tiles=group_tiles, block_keys=block_keys)
-    wanted = ref.plan(x.q, ref.centroids(x.k, x.mask), x.scale)
-    seen = visible_tiles(x)[:, None, None].expand_as(wanted.bins)
-    bins, energy = ranked.bins.cpu(), ranked.energy.cpu()
-    margin = tie_margin(x)
-
-    best = (wanted.bins == c.TOP_BIN) | (bins == c.TOP_BIN)  # which of near equals is the best
-    off = (bins.int() - wanted.bins.int()).abs()[seen & ~best]
-    assert not off.numel() or off.max() <= 1 + margin
-    assert ((bins == c.TOP_BIN) & seen).any(-1).equal(seen.any(-1))
-
-    rows = min(case.q_len, c.BLOCK_M) // c.PLAN_ROW_STRIDE + 1
-    slack = rows * min(1.0, 2 ** min(1.0, margin / c.BINS_PER_OCTAVE) - 1) + 1e-4
-    torch.testing.assert_close(energy, wanted.energy.float(), rtol=0, atol=slack)
-
-    curve, number = ranked.histogram.cpu()
-    assert number.sum() == seen.sum()
-    assert torch.equal(number, bins[seen].int().bincount(minlength=c.RANK_BINS))
-    sums = torch.zeros(c.RANK_BINS, dtype=torch.float64)
-    sums.index_add_(0, bins[seen].int(), energy[seen].double())
-    # Two fp16 parts carry an energy to 2^-21, fp32 sums a little less.
-    torch.testing.assert_close(curve.double() / c.ENERGY_UNIT, sums, rtol=3e-6, atol=3e-6 * rows)
+    assert_plan(x, ranked)
 
 
 @FEWER
