@@ -8,6 +8,7 @@ import torch
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
+from cef_compile.kernels.order import Layout
 
 CASES = ((2, 4, 2, 200, 257, 64, True), (1, 2, 2, 129, 320, 128, False))
 
@@ -21,8 +22,14 @@ def main() -> None:
         numbers = torch.tensor([0.7, 0.0, 0.0, 1.0], device="cuda")
         for rule in c.PLANNED_RULES:
             launch.planned(q, k, v, numbers, rule=rule, compensate=True, **options)
+            launch.planned(q, k, v, numbers, rule=rule, **options)
         for certify in c.CERTIFICATES:
             launch.online(q, k, v, numbers, certify=certify, **options)
+        # A grid of 4 x 7 x 7 tokens with text after it, queries and keys alike.
+        options["layout"] = Layout(0, 4, 7, 7, kv_len - 4 * 7 * 7)
+        more = torch.randn(batch, heads, kv_len, dim, device="cuda").bfloat16()
+        launch.planned(more, k, v, numbers, **options)
+        launch.online(more, k, v, numbers, **options)
         torch.cuda.synchronize()
     print("ran")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels import reference as ref
+from cef_compile.kernels.centroids import Centroids
 from cef_compile.kernels.plan import Plan
 
 ON_GPU = torch.cuda.is_available()
@@ -200,6 +201,24 @@ def tie_margin(x: Inputs) -> float:
     return float(2 * c.BINS_PER_OCTAVE * 1.4427 * 2 * rounding * (products + squares)) + 1e-3
 
 
+def assert_centroids(
+    known: Centroids, k: Tensor, mask: Tensor | None, *, variance_factor: float
+) -> None:
+    """The reference's up to rounding, and zeros beside them."""
+    wanted = ref.centroids(k, mask)
+    dim = k.shape[3]
+    eps = torch.finfo(k.dtype).eps
+    size = k.float().abs().max()
+    assert torch.equal(known.count.cpu().expand_as(wanted.count), wanted.count.int())
+    mean, spread = known.stats.cpu().float().split(c.padded_dim(dim), -1)
+    torch.testing.assert_close(mean[..., :dim], wanted.mean, rtol=eps, atol=1e-6 * size)
+    tiny = 1e-6 * size**2 + torch.finfo(k.dtype).tiny
+    variance = wanted.variance * variance_factor
+    torch.testing.assert_close(spread[..., :dim], variance, rtol=eps + 1e-5, atol=float(tiny))
+    assert not mean[..., dim:].any()
+    assert not spread[..., dim:].any()
+
+
 def assert_plan(x: Inputs, ranked: Plan) -> None:
     """Bins are the reference's within the tie margin; the histogram is that of the bins."""
     wanted = ref.plan(x.q, ref.centroids(x.k, x.mask), x.scale)
@@ -235,6 +254,7 @@ __all__ = [
     "ON_GPU",
     "Case",
     "assert_audit",
+    "assert_centroids",
     "assert_output",
     "assert_plan",
     "laid_out",

@@ -6,7 +6,17 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, DTYPES, FEWER, LAYOUTS, MARKS, laid_out, on_cpu, on_device
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    FEWER,
+    LAYOUTS,
+    MARKS,
+    assert_centroids,
+    laid_out,
+    on_cpu,
+    on_device,
+)
 from order_cases import layout_cases, permuted
 from support import Case, Inputs, achieved, control, oracle, same_bits
 
@@ -63,9 +73,10 @@ def test_arrange(drawn: tuple[Layout, Case], dtype: torch.dtype, strides: str) -
         assert mask.all()
     else:
         assert torch.equal(got.key_mask.cpu().expand_as(mask), mask)
-    moved = centroids(places.put(y.k).to(DEVICE), mask.to(DEVICE), variance_factor=0.5)
-    assert same_bits(got.centroids.stats, moved.stats)
-    assert torch.equal(got.centroids.count.expand_as(moved.count), moved.count)
+    assert_centroids(got.centroids, places.put(y.k), mask, variance_factor=0.5)
+    if strides == "bhsd":  # other strides are read, and so summed, in another order
+        moved = centroids(places.put(y.k).to(DEVICE), mask.to(DEVICE), variance_factor=0.5)
+        assert same_bits(got.centroids.stats, moved.stats)
 
 
 @LEAST

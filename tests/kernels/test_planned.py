@@ -14,6 +14,7 @@ from kernel_cases import (
     LAYOUTS,
     MARKS,
     assert_audit,
+    assert_centroids,
     assert_output,
     assert_plan,
     laid_out,
@@ -57,20 +58,7 @@ def test_centroids(case: Case, dtype: torch.dtype, layout: str) -> None:
     x = laid_out(on_device(case.make(dtype)), layout)
     known = centroids(x.k, x.mask, variance_factor=0.5)
     y = on_cpu(x)
-    wanted = ref.centroids(y.k, y.mask)
-    dim = case.head_dim
-    padded = c.padded_dim(dim)
-    eps = torch.finfo(dtype).eps
-    size = y.k.float().abs().max()
-    assert torch.equal(known.count.cpu().expand_as(wanted.count), wanted.count.int())
-    mean, spread = known.stats.cpu().float().split(padded, -1)
-    torch.testing.assert_close(mean[..., :dim], wanted.mean, rtol=eps, atol=1e-6 * size)
-    tiny = 1e-6 * size**2 + torch.finfo(dtype).tiny
-    torch.testing.assert_close(
-        spread[..., :dim], wanted.variance / 2, rtol=eps + 1e-5, atol=float(tiny)
-    )
-    assert not mean[..., dim:].any()
-    assert not spread[..., dim:].any()
+    assert_centroids(known, y.k, y.mask, variance_factor=0.5)
 
 
 @FEWER
