@@ -53,7 +53,7 @@ from torch.profiler import ProfilerActivity, profile
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels.centroids import Arranged, Centroids, arrange, centroids
-from cef_compile.kernels.lists import lists
+from cef_compile.kernels.lists import heads_together, lists
 from cef_compile.kernels.order import Layout
 from cef_compile.kernels.plan import Plan, variance_factor
 
@@ -116,7 +116,7 @@ def parts() -> Iterator[Row]:
         def chosen(rule: str = "threshold", energy: Tensor | None = None):
             return lists(
                 ranked.bins, energy, known.count, ranked.histogram, numbers,
-                rule=rule, partial=False, want_kept=False,
+                rule=rule, partial=False, want_kept=False, together=heads_together(heads, k, v),
             )  # fmt: skip
 
         steps = {
@@ -152,8 +152,7 @@ def parts() -> Iterator[Row]:
         ms = median_ms(audited)
         yield row("audit", shape, ms, base, of_dense=round(ms / base, 4))
         listed, _, _ = chosen()
-        natural = torch.arange(listed.order.shape[2], device="cuda", dtype=torch.int32)
-        natural = natural.expand_as(listed.order).contiguous()
+        natural = torch.arange(len(listed.order), device="cuda", dtype=torch.int32)
         engine = c.ENGINES[int(result.measures[c.MEASURE_ENGINE])]
         for name, order in (("longest first", listed.order), ("as they come", natural)):
 

@@ -56,10 +56,11 @@ def lists(heads: int, length: int, density: float | str, keys: int) -> Lists:
     index = torch.where(listed, shuffled, n_n).sort(-1).values.clamp(max=n_n - 1)
     parts = keys // c.BLOCK_N
     index = (parts * index[..., None] + torch.arange(parts, device="cuda")).flatten(-2)
-    order = count.argsort(dim=-1, descending=True, stable=True).int().contiguous()
+    order = count.argsort(dim=-1, descending=True, stable=True)
+    order = order + n_m * torch.arange(heads, device="cuda")[:, None]
     count = torch.stack([parts * count] * 2).contiguous()
     queue = torch.zeros(1, dtype=torch.int32, device="cuda")
-    return Lists(index.to(torch.int16).contiguous(), count, order, queue, None)
+    return Lists(index.to(torch.int16).contiguous(), count, order.flatten().int(), queue, None)
 
 
 def fa4(q: Tensor, k: Tensor, v: Tensor, listed: Lists, keys: int) -> Callable[[], Tensor]:

@@ -212,16 +212,16 @@ def _attend(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program per part of a query tile: head by head, the longest lists of a head first."""
+    """One program per part of a query tile, in the order of the lists."""
     PARTS: tl.constexpr = BLOCK_M // ROWS
-    slot = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
-    batch_head = slot // n_m
-    tile = tl.load(order + slot)
+    row = tl.load(order + tl.program_id(0) // PARTS)
+    tile = row % n_m
+    batch_head = row // n_m
     batch = (batch_head // heads).to(tl.int64)
     head = batch_head % heads
     key_head = head // heads_per_key_head
-    row = batch_head.to(tl.int64) * n_m + tile
+    row = row.to(tl.int64)
     listed = tl.load(count + row)
     whole = tl.load(count + total_tiles + row)
     index += row * n_n

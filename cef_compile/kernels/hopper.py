@@ -149,11 +149,9 @@ def _width(dim):
 @gluon.jit
 def _place(slot, order, n_m, heads):
     """Query tile, batch, head and row of the lists of a slot, which is a place in ``order``."""
-    batch_head = slot // n_m
-    tile = gl.load(order + slot)
-    head = batch_head % heads
-    row = batch_head.to(gl.int64) * n_m + tile
-    return tile, batch_head // heads, head, row
+    row = gl.load(order + slot)
+    batch_head = row // n_m
+    return row % n_m, batch_head // heads, batch_head % heads, row.to(gl.int64)
 
 
 @gluon.jit

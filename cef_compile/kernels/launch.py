@@ -23,7 +23,7 @@ from cef_compile.kernels.audit import audit
 from cef_compile.kernels.centroids import Centroids, arrange, centroids
 from cef_compile.kernels.descriptor import can_describe
 from cef_compile.kernels.engines import Call, find_engine
-from cef_compile.kernels.lists import Lists, lists
+from cef_compile.kernels.lists import Lists, heads_together, lists
 from cef_compile.kernels.order import Layout
 from cef_compile.kernels.plan import Plan, plan, variance_factor
 from cef_compile.kernels.tuning import Tuning, find_tuning
@@ -137,6 +137,7 @@ def planned(
         partial=partial,
         want_kept=compensate,
         exact_tiles=exact_tiles,
+        together=heads_together(q.shape[1], tiled_k, tiled_v),
         engine=engine,
     )
     out, lse = _attend(

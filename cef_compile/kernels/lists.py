@@ -17,6 +17,8 @@ _ORDER_BLOCK = 32
 """Query tiles whose places in the order one program finds ..."""
 _ORDER_OTHERS = 128
 """... and how many it compares them with in one step."""
+_CACHE_BYTES = 24 << 20
+"""Keys and values that are in use at a time should not be more: half of an H100's L2."""
 _WARPS = 4
 
 
@@ -29,7 +31,8 @@ class Lists:
             ``count`` numbers of a row are valid: wholly visible tiles ascending, then partly
             visible ones ascending.
         count: int32 ``[2, B, H, Tm]``: listed tiles, and how many of them are wholly visible.
-        order: int32 ``[B, H, Tm]``, query tiles of each head by falling count.
+        order: int32 ``[B * H * Tm]``, numbers of the query tiles (counted through batch, head and
+            place) in the order in which to take them.
         queue: int32 ``[1]``, 0: in it programs count the query tiles that they take, so that it is
             used up.
         kept: uint8 ``[B, H, Tm, Tn]``, 1 where listed; None unless asked for.
@@ -40,6 +43,18 @@ class Lists:
     order: Tensor
     queue: Tensor
     kept: Tensor | None
+
+
+def heads_together(heads: int, k: Tensor, v: Tensor) -> int:
+    """Heads whose keys and values fit into the cache, to be given to :func:`lists`.
+
+    Where one head at a time is taken longest list first, all wait in the end for the last head's
+    tiles, which are long if it keeps many. With the heads mixed they are short. But a mix of more
+    heads than the cache holds would read their keys and values from memory again and again.
+    """
+    _, key_heads, length, dim = k.shape
+    one = max(length * (dim + v.shape[3]) * k.element_size(), 1)
+    return max(_CACHE_BYTES // one, 1) * (heads // max(key_heads, 1))
 
 
 def lists(
@@ -53,6 +68,7 @@ def lists(
     partial: bool,
     want_kept: bool,
     exact_tiles: tuple[int, int] | None = None,
+    together: int = 1,
     engine: str = "triton",
 ) -> tuple[Lists, Tensor, Tensor]:
     """Compact lists of the tiles that a rule keeps, and what they say of the call.
@@ -71,6 +87,8 @@ def lists(
         want_kept: also return the kept pairs as a mask.
         exact_tiles: first query tile and first key tile of exact tokens: those and all later ones
             are kept whatever the rule says.
+        together: heads whose query tiles are ordered as one, longest list first; those of the next
+            heads come after. See :func:`heads_together`.
         engine: one of ``ENGINES``, what will compute the attention: to be put on record.
 
     Returns:
@@ -83,7 +101,7 @@ def lists(
     dtype = torch.int16 if n_n <= c.INT16_TILES else torch.int32
     index = torch.empty(bins.shape, dtype=dtype, device=device)
     counts = torch.empty(2, batch, heads, n_m, dtype=torch.int32, device=device)
-    order = torch.empty(batch, heads, n_m, dtype=torch.int32, device=device)
+    order = torch.empty(batch * heads * n_m, dtype=torch.int32, device=device)
     queue = torch.empty(1, dtype=torch.int32, device=device)
     kept = torch.empty_like(bins) if want_kept else None
     curve = torch.empty(histogram.shape, device=device)
@@ -140,8 +158,9 @@ def lists(
             num_warps=_WARPS,
         )
     if total:
-        _order[(triton.cdiv(n_m, _ORDER_BLOCK), batch * heads)](
-            counts, order, n_m, BLOCK=_ORDER_BLOCK, OTHERS=_ORDER_OTHERS, num_warps=_WARPS
+        span = min(together * n_m, total)
+        _order[(triton.cdiv(span, _ORDER_BLOCK), triton.cdiv(total, span))](
+            counts, order, span, total, BLOCK=_ORDER_BLOCK, OTHERS=_ORDER_OTHERS, num_warps=_WARPS
         )
     return Lists(index, counts, order, queue, kept), curve, measures
 
@@ -381,17 +400,18 @@ def _lists(
         tl.atomic_add(taken + 1, tl.cast(listed, tl.int64), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n_m"])
-def _order(counts, order, n_m, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
-    """One program per (block of query tiles, head of a batch): places by falling count."""
-    row = tl.program_id(1).to(tl.int64) * n_m
+@triton.jit(do_not_specialize=["span", "total"])
+def _order(counts, order, span, total, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
+    """One program per (block of query tiles, span of them): places in the span by falling count."""
+    first = tl.program_id(1) * span
+    size = tl.minimum(span, total - first)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mine = tl.load(counts + row + at, mask=at < n_m, other=0)
+    mine = tl.load(counts + first + at, mask=at < size, other=0)
     place = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, n_m, OTHERS):
+    for start in range(0, size, OTHERS):
         other = start + tl.arange(0, OTHERS)
-        theirs = tl.load(counts + row + other, mask=other < n_m, other=-1)
+        theirs = tl.load(counts + first + other, mask=other < size, other=-1)
         sooner = theirs[None, :] > mine[:, None]
         sooner |= (theirs[None, :] == mine[:, None]) & (other[None, :] < at[:, None])
         place += tl.sum(sooner.to(tl.int32), 1)
-    tl.store(order + row + place, at, mask=at < n_m)
+    tl.store(order + first + place, first + at, mask=at < size)

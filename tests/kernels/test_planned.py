@@ -28,6 +28,7 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels import reference as ref
 from cef_compile.kernels.centroids import centroids
+from cef_compile.kernels.lists import lists
 from cef_compile.kernels.plan import plan, variance_factor
 from cef_compile.kernels.tuning import find_tuning
 
@@ -73,6 +74,35 @@ def test_plan(case: Case, dtype: torch.dtype, group_tiles: int, block_keys: int)
     x = case.make(dtype)
     ranked, _ = kernel_plan(on_device(x), group_tiles=group_tiles, block_keys=block_keys)
     assert_plan(x, ranked)
+
+
+@FEWER
+@given(
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 5),
+    n_m=st.sampled_from([1, 3, 40]),
+    together=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_order(batch: int, heads: int, n_m: int, together: int, seed: int) -> None:
+    """Every query tile once; some heads at a time, and of these the longest list first."""
+    draw = torch.Generator().manual_seed(seed)
+    bins = torch.randint(0, 2, (batch, heads, n_m, 9), generator=draw, dtype=torch.uint8) * 255
+    histogram = torch.ones(2, c.RANK_BINS, dtype=torch.int64)
+    given = (bins, torch.full((1, 9), c.BLOCK_N, dtype=torch.int32), histogram, control(0.0))
+    bins, count, histogram, numbers = (t.to(DEVICE) for t in given)
+    found, _, _ = lists(
+        bins, None, count, histogram, numbers,
+        rule="threshold", partial=False, want_kept=False, together=together,
+    )  # fmt: skip
+    counts, order = found.count[0].flatten().cpu(), found.order.cpu().long()
+    assert torch.equal(counts, (bins.cpu() > 0).sum(-1).flatten().int())
+    for first in range(0, len(order), together * n_m):
+        span = order[first : first + together * n_m]
+        assert torch.equal(span.sort().values, first + torch.arange(len(span)))
+        wanted = counts[first : first + len(span)].sort(descending=True).values
+        assert torch.equal(counts[span], wanted)
+    assert not found.queue.any()
 
 
 @FEWER
