@@ -101,9 +101,18 @@ def quality_short(_: dict[str, Any]) -> str:
 
 def quality_grid(_: dict[str, Any]) -> str:
     """The default on another grid of tokens."""
+    return _default("quality-grid")
+
+
+def quality_32k(_: dict[str, Any]) -> str:
+    """The default on twice as many tokens."""
+    return _default("quality-32k")
+
+
+def _default(name: str) -> str:
     table = [
-        [f"{row['parameter']:.2f}", *_videos(row), speed(row)]
-        for row in _rows("quality-grid")
+        [f"{row['parameter']:g}", *_videos(row), speed(row)]
+        for row in _rows(name)
         if "speed" in row
     ]
     header = ["recall", "delivered", "density", "PSNR dB, from noise", "PSNR dB, clips"]
@@ -125,7 +134,7 @@ def warm_up(_: dict[str, Any]) -> str:
             if row["method"] == "planned, balanced":
                 whole = 1 / (share + (1 - share) / row["speed"])
                 table.append(
-                    [name, f"{row['parameter']:.2f}", f"{row['noise_psnr']:.1f}", speed(row),
+                    [name, f"{row['parameter']:g}", f"{row['noise_psnr']:.1f}", speed(row),
                      speed({"speed": whole})]
                 )  # fmt: skip
     header = ["dense steps", "recall", "PSNR dB, from noise", "filtered calls"]
@@ -232,6 +241,7 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "quality": quality,
     "quality_short": quality_short,
     "quality_grid": quality_grid,
+    "quality_32k": quality_32k,
     "warm_up": warm_up,
     "orders": orders,
     "order_videos": order_videos,

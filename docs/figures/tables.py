@@ -25,6 +25,7 @@ MULTI_GPU: Final = ROOT / "bench" / "results" / "multi-gpu-h100.json"
 SCALING: Final = ROOT / "bench" / "scaling.py"
 ENGINES: Final = ROOT / "bench" / "results" / "engines-h100.json"
 EIGHT_BITS: Final = ROOT / "bench" / "results" / "eight-bits.json"
+EIGHT_BITS_TIMES: Final = ROOT / "bench" / "results" / "eight-bits-h100.json"
 PAGES: Final = tuple(
     ROOT / page
     for page in (
@@ -117,6 +118,24 @@ def eight_bits(_: dict[str, Any]) -> str:
     return markdown(["", "density", "error", "with INT8 scores", "with FP8 scores"], table)
 
 
+def eight_bits_times(_: dict[str, Any]) -> str:
+    """What they save of the attention over lists, and what making them costs."""
+    rows: Rows = json.loads(EIGHT_BITS_TIMES.read_text(encoding="utf-8"))["results"]
+    table = []
+    for shape, density in dict.fromkeys((r["shape"], r.get("density")) for r in rows):
+        mine = {r["name"]: r["ms"] for r in rows if r["shape"] == shape}
+        if density is None:
+            continue
+        at = {
+            r["name"]: r["ms"] for r in rows if (r["shape"], r.get("density")) == (shape, density)
+        }
+        cells = [f"{at[name]:.2f} ms, {at[name] / at['bf16'] - 1:+.0%}" for name in ("int8", "fp8")]
+        made = mine["k to int8, scale by tile"] + mine["q to int8, scale by row"]
+        table.append([shape, f"{density:.2f}", f"{at['bf16']:.2f} ms", *cells, f"{made:.3f} ms"])
+    header = ["heads x keys x head_dim", "density", "bf16", "INT8 scores", "FP8 scores"]
+    return markdown([*header, "q and k to 8 bits"], table)
+
+
 def _of_engine(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["shape"], row.get("run"), row["engine"], row["tile_keys"]
 
@@ -125,7 +144,7 @@ def parts(found: dict[str, Any]) -> str:
     """What the steps before attention cost, the audit, and memory."""
     rows: Rows = found["results"]["parts"]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    names = ["centroids", "plan", "threshold", "lists", "all four", "audit"]
+    names = ["centroids", "plan", "threshold and lists", "all three", "audit"]
     table = []
     for name in names:
         mine = {row["shape"]: row for row in rows if row["name"] == name}
@@ -305,6 +324,7 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "wan": wan,
     "engines": engines,
     "eight_bits": eight_bits,
+    "eight_bits_times": eight_bits_times,
     "parts": parts,
     "order": order,
     "break_even": break_even,
