@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels.gluon_parts import barrier, rows_of, whole_lines
-from cef_compile.kernels.plan import Plan, empty_plan
+from cef_compile.kernels.ranks import ENERGY_FP16, LOWEST, Plan, empty_plan
 
 _LOG2E = gl.constexpr(math.log2(math.e))
 _SWIZZLE = gl.constexpr(64)
@@ -36,10 +36,8 @@ _BUNDLE = gl.constexpr(4)
 """Steps that are looked at together at the end: one for each warp of a group."""
 _ROWS_AT_ONCE = gl.constexpr(16)
 """Rows whose shares a thread holds at the end: more would spill."""
-_LOWEST = gl.constexpr(-3.0e38)
-"""Where a running maximum starts: finite, so that a score of -inf minus it is no NaN."""
-_ENERGY_FP16 = gl.constexpr(512.0)
-"""Factor of an energy (a sum of at most 64 shares) before it is split into two fp16 numbers."""
+_LOWEST = gl.constexpr(LOWEST)
+_ENERGY_FP16 = gl.constexpr(ENERGY_FP16)
 
 _SHARED_BYTES: Final = 227 << 10
 """Shared memory of a program on Hopper."""

@@ -25,7 +25,8 @@ from cef_compile.kernels.descriptor import can_describe
 from cef_compile.kernels.engines import Call, find_engine
 from cef_compile.kernels.lists import Lists, heads_together, lists
 from cef_compile.kernels.order import Layout
-from cef_compile.kernels.plan import Plan, plan, variance_factor
+from cef_compile.kernels.plan import plan
+from cef_compile.kernels.ranks import Plan, variance_factor
 from cef_compile.kernels.tuning import Tuning, find_tuning
 
 _TMA_ARCHITECTURE = 90

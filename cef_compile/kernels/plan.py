@@ -2,60 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels.ranks import ENERGY_FP16, LOWEST, Plan, empty_plan
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_ENERGY_FP16 = tl.constexpr(512.0)
-"""Factor of an energy (a sum of at most 64 shares) before it is split into two fp16 numbers."""
-_LOWEST = tl.constexpr(-3.0e38)
-"""Where a running maximum starts: finite, so that a score of -inf minus it is no NaN."""
+_ENERGY_FP16 = tl.constexpr(ENERGY_FP16)
+_LOWEST = tl.constexpr(LOWEST)
 _SIDE = tl.constexpr(16)
 """The histogram is built as a 16 x 16 matrix: bin = 16 * row + column."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Rank and energy of every (query tile, key tile) pair.
-
-    Attributes:
-        bins: uint8 ``[B, H, Tm, Tn]``, bin of the largest share that a row of the query tile gives
-            the key tile; the best key tile of each query tile is in the top bin, and so is every
-            pair with exact tokens on either side. Unspecified for tiles without a visible key.
-        energy: float32 ``[B, H, Tm, Tn]``, share summed over the rows looked at; None unless kept.
-        histogram: int64 ``[2, RANK_BINS]``, energy (in units of 1 / ``ENERGY_UNIT``) and number of
-            the visible pairs by bin. Integers, so that the order of the sum does not matter.
-    """
-
-    bins: Tensor
-    energy: Tensor | None
-    histogram: Tensor
-
-
-def empty_plan(
-    shape: tuple[int, int, int, int],
-    histogram: Tensor | None,
-    *,
-    keep_energy: bool,
-    device: torch.device,
-) -> Plan:
-    """Memory of a plan ``[B, H, Tm, Tn]``, with zeros for the histogram where none are given."""
-    bins = torch.empty(shape, dtype=torch.uint8, device=device)
-    energy = torch.empty(shape, device=device) if keep_energy else None
-    if histogram is None:
-        histogram = torch.zeros(2, c.RANK_BINS, dtype=torch.int64, device=device)
-    return Plan(bins, energy, histogram)
-
-
-def variance_factor(scale: float) -> float:
-    """Factor that :func:`plan` expects in the variances: its term is ``scale * (a q^2) . s2``."""
-    return 0.5 * scale / c.PLAN_SQUARE_FACTOR
 
 
 def plan(
@@ -78,7 +37,7 @@ def plan(
     Args:
         q: ``[B, H, q_len, D]``, any strides.
         stats: of :class:`~cef_compile.kernels.centroids.Centroids`, in the dtype of q, the
-            variance times :func:`variance_factor`.
+            variance times :func:`~cef_compile.kernels.ranks.variance_factor`.
         count: int32 ``[B or 1, Tn]``, visible keys of each tile.
         scale: factor of the scores.
         tokens: int32 ``[length]``, a token order, of

@@ -18,7 +18,7 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels import reference as ref
 from cef_compile.kernels.centroids import Centroids
-from cef_compile.kernels.plan import Plan
+from cef_compile.kernels.ranks import Plan
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -33,7 +33,7 @@ from cef_compile.kernels import hopper_plan, launch
 from cef_compile.kernels.centroids import centroids
 from cef_compile.kernels.engines import LIST_ENGINES, Call, find_engine, lacks
 from cef_compile.kernels.order import Layout
-from cef_compile.kernels.plan import Plan, variance_factor
+from cef_compile.kernels.ranks import Plan, variance_factor
 
 FITS = Call(90, torch.bfloat16, 128, 128)
 CALLS = st.builds(
@@ -406,22 +406,6 @@ class TestOwnOnGpu:
         assert torch.equal(got.count, wanted.count)
 
     @FEWER
-    @given(case=CASES | OTHER_DIMS, dtype=DTYPES)
-    def test_plan(self, engine: str, case: Case, dtype: torch.dtype) -> None:
-        """The plan in Gluon is the reference's, as the Triton kernel's is."""
-        if engine != "hopper":
-            pytest.skip("test_planned.py has the Triton kernel")
-        x = on_device(case.make(dtype))
-        known = centroids(x.k, x.mask, variance_factor=variance_factor(x.scale))
-
-        def found() -> Plan:
-            return hopper_plan.plan(x.q, known.stats, known.count, scale=x.scale, keep_energy=True)
-
-        ranked = found()
-        assert_plan(case.make(dtype), ranked)
-        assert torch.equal(ranked.histogram, found().histogram)
-
-    @FEWER
     @given(
         drawn=layout_cases(head_dim=64, value_dim=64),
         dtype=DTYPES,
@@ -441,3 +425,20 @@ class TestOwnOnGpu:
 
         got, wanted = online(engine), online("triton")
         assert_equal_up_to_rounding(got, wanted, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine == "hopper"])
+@FEWER
+@given(case=CASES | OTHER_DIMS, dtype=DTYPES)
+def test_plan_in_gluon(engine: str, case: Case, dtype: torch.dtype) -> None:
+    """It is the reference's, as the Triton kernel's is, and the same each time."""
+    x = on_device(case.make(dtype))
+    known = centroids(x.k, x.mask, variance_factor=variance_factor(x.scale))
+
+    def found() -> Plan:
+        return hopper_plan.plan(x.q, known.stats, known.count, scale=x.scale, keep_energy=True)
+
+    ranked = found()
+    assert_plan(case.make(dtype), ranked)
+    assert torch.equal(ranked.histogram, found().histogram)

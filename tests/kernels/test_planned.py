@@ -29,7 +29,8 @@ from cef_compile.kernels import launch
 from cef_compile.kernels import reference as ref
 from cef_compile.kernels.centroids import centroids
 from cef_compile.kernels.lists import lists
-from cef_compile.kernels.plan import plan, variance_factor
+from cef_compile.kernels.plan import plan
+from cef_compile.kernels.ranks import variance_factor
 from cef_compile.kernels.tuning import find_tuning
 
 pytestmark = MARKS
