@@ -40,6 +40,8 @@ PAGES: Final = tuple(
 PLACE: Final = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ELSEWHERE: Final = "models"
 """The table that bench/census.py makes."""
+SHORT_SHAPE: Final = "24 x 32256 x 128"
+"""Of the engines in the README."""
 DENSE: Final = ("cuDNN", "FlashAttention-2", "FlashAttention-4")
 
 
@@ -89,7 +91,16 @@ def _shape(text: str) -> tuple[str, str, str, str, str]:
 
 def engines(_: dict[str, Any]) -> str:
     """Engines of the attention over lists, each density in each run of the bench."""
+    return _engines(json.loads(ENGINES.read_text(encoding="utf-8"))["results"])
+
+
+def engines_short(_: dict[str, Any]) -> str:
+    """The same at one shape."""
     rows: Rows = json.loads(ENGINES.read_text(encoding="utf-8"))["results"]
+    return _engines([row for row in rows if row["shape"] == SHORT_SHAPE])
+
+
+def _engines(rows: Rows) -> str:
     densities = list(dict.fromkeys(row["density"] for row in rows))
     table = []
     for key in dict.fromkeys(map(_of_engine, rows)):
@@ -323,6 +334,7 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "about": about,
     "wan": wan,
     "engines": engines,
+    "engines_short": engines_short,
     "eight_bits": eight_bits,
     "eight_bits_times": eight_bits_times,
     "parts": parts,

@@ -28,7 +28,7 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels import reference as ref
 from cef_compile.kernels.centroids import centroids
-from cef_compile.kernels.lists import lists
+from cef_compile.kernels.lists import heads_together, lists
 from cef_compile.kernels.plan import plan
 from cef_compile.kernels.ranks import variance_factor
 from cef_compile.kernels.tuning import find_tuning
@@ -75,6 +75,23 @@ def test_plan(case: Case, dtype: torch.dtype, group_tiles: int, block_keys: int)
     x = case.make(dtype)
     ranked, _ = kernel_plan(on_device(x), group_tiles=group_tiles, block_keys=block_keys)
     assert_plan(x, ranked)
+
+
+@given(
+    key_heads=st.integers(1, 40),
+    group=st.integers(1, 4),
+    length=st.integers(0, 200_000),
+    dim=st.sampled_from([8, 64, 128, 256]),
+)
+def test_heads_together_share_the_cache(key_heads: int, group: int, length: int, dim: int) -> None:
+    """Whole groups of heads that share keys: one at least, and no more than fit."""
+    k = torch.empty(1, key_heads, length, dim, dtype=torch.bfloat16, device="meta")
+    together = heads_together(key_heads * group, k, k)
+    bytes_of_one = 2 * length * dim * k.element_size()
+    assert together % group == 0
+    assert together >= group
+    assert together == group or together // group * bytes_of_one <= 24 << 20
+    assert (together // group + 1) * bytes_of_one > 24 << 20 or not length
 
 
 @FEWER
