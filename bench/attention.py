@@ -137,17 +137,9 @@ def parts() -> Iterator[Row]:
         def audited():
             tuning = launch._tuning(q, v)
             launch._audit(
-                q,
-                k,
-                v,
-                result.out,
-                result.lse,
-                numbers,
-                result.measures,
-                tuning,
-                scale,
+                q, k, v, result.out, result.lse, numbers, result.measures, tuning, scale,
                 key_mask=None,
-            )
+            )  # fmt: skip
 
         ms = median_ms(audited)
         yield row("audit", shape, ms, base, of_dense=round(ms / base, 4))

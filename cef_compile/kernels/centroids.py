@@ -5,6 +5,7 @@ With a token order the same pass writes k and v in that order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -87,8 +88,7 @@ def centroids(
             count_batch,
             0.0 if variance_factor is None else variance_factor,
             *x.stride(),
-            0 if key_mask is None or count_batch == 1 else key_mask.stride(0),
-            0 if key_mask is None else key_mask.stride(1),
+            *c.mask_strides(key_mask),
             DIM=dim,
             BLOCK_D=block_d,
             BLOCK_N=c.BLOCK_N,
@@ -101,13 +101,18 @@ def centroids(
 
 
 def _made(stats: Tensor, count_batch: int, *, for_plan: bool) -> Centroids:
-    """Memory of the results, which the kernels fill if there is any tile."""
-    new = torch.empty if stats.numel() else torch.zeros
+    """Memory of the results."""
+    new = _new(stats)
     count = new(count_batch, stats.shape[2], dtype=torch.int32, device=stats.device)
     histogram = None
     if for_plan:
         histogram = new(2, c.RANK_BINS, dtype=torch.int64, device=stats.device)
     return Centroids(stats, count, histogram)
+
+
+def _new(stats: Tensor) -> Callable[..., Tensor]:
+    """What makes memory that the kernels fill, if there is any tile: then it need not be zeroed."""
+    return torch.empty if stats.numel() else torch.zeros
 
 
 def arrange(
@@ -140,8 +145,7 @@ def arrange(
     tokens = torch.empty(layout.length, dtype=torch.int32, device=k.device)
     new_mask = None
     if key_mask is not None or layout.has_gap:
-        new = torch.empty if stats.numel() else torch.zeros
-        new_mask = new(mask_batch, layout.length, dtype=torch.bool, device=k.device)
+        new_mask = _new(stats)(mask_batch, layout.length, dtype=torch.bool, device=k.device)
     if stats.numel():
         _arrange[(n_n, heads, batch)](
             k,
@@ -162,8 +166,7 @@ def arrange(
             layout.after,
             *k.stride(),
             *v.stride(),
-            0 if key_mask is None or mask_batch == 1 else key_mask.stride(0),
-            0 if key_mask is None else key_mask.stride(1),
+            *c.mask_strides(key_mask),
             DIM=dim,
             VALUE_DIM=value_dim,
             BLOCK_D=block_d,

@@ -13,12 +13,23 @@ from cef_compile.kernels.descriptor import strides
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 """Of all threads of a program; Triton 3.7 gave it another name."""
 
+SWIZZLE = gl.constexpr(64)
+"""16-bit channels of a swizzled row of shared memory, 128 bytes: what one TMA copy is wide."""
 
-def describe(x: Tensor, channels: int) -> TensorDescriptor:
-    """Descriptor of so many channels of a tile of keys, zeros beyond the edges of ``x``."""
-    block = [1, 1, c.BLOCK_N, channels]
-    layout = gl.NVMMASharedLayout(128, 16, len(block))
-    return TensorDescriptor(x, list(x.shape), strides(x), block, layout)
+
+def tile_block(channels: int) -> list[int]:
+    """Block of so many channels of a tile of keys ``[B, H, L, D]``."""
+    return [1, 1, c.BLOCK_N, channels]
+
+
+def block_layout(block: list[int]) -> gl.NVMMASharedLayout:
+    """How TMA lays a block of 16-bit numbers into shared memory."""
+    return gl.NVMMASharedLayout(128, 16, len(block))
+
+
+def describe(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """Descriptor of blocks of a tensor of four dimensions, zeros beyond its edges."""
+    return TensorDescriptor(x, list(x.shape), strides(x), block, block_layout(block))
 
 
 @gluon.constexpr_function

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels.gluon_parts import describe, rows_at, whole_lines
+from cef_compile.kernels.gluon_parts import SWIZZLE, describe, rows_at, tile_block, whole_lines
 from cef_compile.kernels.products import (
     add_values,
     main_part,
@@ -39,8 +39,6 @@ _LN2 = gl.constexpr(math.log(2.0))
 _LOG2E = gl.constexpr(math.log2(math.e))
 _PAIR = gl.constexpr(2)
 """Listed tiles of one step."""
-_SWIZZLE = gl.constexpr(64)
-"""16-bit channels of a swizzled row of shared memory, 128 bytes: what one TMA copy is wide."""
 _GROUPS = gl.constexpr(2)
 """Groups of 4 warps that compute; each has ``BLOCK_M / 2`` query rows."""
 
@@ -92,8 +90,8 @@ def attend(
     total = batch * heads * n_m
     _attend[(min(total, _multiprocessors(q.device)),)](
         q,
-        describe(k, _SWIZZLE.value),
-        describe(v, _SWIZZLE.value),
+        describe(k, tile_block(SWIZZLE.value)),
+        describe(v, tile_block(SWIZZLE.value)),
         q if key_mask is None else key_mask,
         index if tokens is None else tokens,
         index,
@@ -160,14 +158,14 @@ def _copy(
     WIDTH: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Two tiles of k or v into the memory of a step, once that is free."""
-    PARTS: gl.constexpr = WIDTH // _SWIZZLE
+    PARTS: gl.constexpr = WIDTH // SWIZZLE
     mbarrier.wait(empty.index(stage), free)
     mbarrier.expect(full.index(stage), _PAIR * BLOCK_N * WIDTH * 2)
     for part in gl.static_range(PARTS):
         for i in gl.static_range(_PAIR):
             tma.async_copy_global_to_shared(
                 desc,
-                [batch, key_head, keys[i], part * _SWIZZLE],
+                [batch, key_head, keys[i], part * SWIZZLE],
                 full.index(stage),
                 tiles.index((stage * PARTS + part) * _PAIR + i),
             )
@@ -484,10 +482,10 @@ def _attend(
     k_steps = gl.allocate_shared_memory(dtype, [STAGES, KEYS, K_WIDTH], layout)
     v_steps = gl.allocate_shared_memory(dtype, [STAGES, KEYS, V_WIDTH], layout)
     # The same memory as TMA fills it: for each 64 channels one tile of keys after the other.
-    K_COPIES: gl.constexpr = STAGES * _PAIR * K_WIDTH // _SWIZZLE
-    V_COPIES: gl.constexpr = STAGES * _PAIR * V_WIDTH // _SWIZZLE
-    k_tiles = k_steps._reinterpret(dtype, [K_COPIES, 1, 1, BLOCK_N, _SWIZZLE], k_desc.layout)
-    v_tiles = v_steps._reinterpret(dtype, [V_COPIES, 1, 1, BLOCK_N, _SWIZZLE], v_desc.layout)
+    K_COPIES: gl.constexpr = STAGES * _PAIR * K_WIDTH // SWIZZLE
+    V_COPIES: gl.constexpr = STAGES * _PAIR * V_WIDTH // SWIZZLE
+    k_tiles = k_steps._reinterpret(dtype, [K_COPIES, 1, 1, BLOCK_N, SWIZZLE], k_desc.layout)
+    v_tiles = v_steps._reinterpret(dtype, [V_COPIES, 1, 1, BLOCK_N, SWIZZLE], v_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)

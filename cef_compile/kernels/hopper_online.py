@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels.gluon_parts import describe, rows_at
+from cef_compile.kernels.gluon_parts import describe, rows_at, tile_block
 from cef_compile.kernels.ledger import outputs
 
 _LN2 = gl.constexpr(math.log(2.0))
@@ -67,8 +67,8 @@ def online(
     if lse.numel():
         _online[(n_m * heads * batch,)](
             q,
-            describe(k, dim),
-            describe(v, dim),
+            describe(k, tile_block(dim)),
+            describe(v, tile_block(dim)),
             q if key_mask is None else key_mask,
             control,
             kept if tokens is None else tokens,

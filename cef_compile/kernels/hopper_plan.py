@@ -21,15 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels.gluon_parts import barrier, rows_of, whole_lines
-from cef_compile.kernels.ranks import ENERGY_FP16, LOWEST, Plan, empty_plan
+from cef_compile.kernels.gluon_parts import SWIZZLE, barrier, describe, rows_of, whole_lines
+from cef_compile.kernels.ranks import ENERGY_FP16, LOWEST, Plan, compiled_for, empty_plan
 
 _LOG2E = gl.constexpr(math.log2(math.e))
-_SWIZZLE = gl.constexpr(64)
-"""16-bit channels of a swizzled row of shared memory, 128 bytes: what one TMA copy is wide."""
 _STEP = gl.constexpr(64)
 """Key tiles of a step."""
 _BUNDLE = gl.constexpr(4)
@@ -58,7 +55,7 @@ def shared_bytes(dim: int, n_n: int) -> int:
 def takes(dim: int, n_n: int) -> bool:
     """Whether so many key tiles of 16-bit keys with a head_dim fit."""
     # TMA copies whole swizzled rows, so a mean must fill them.
-    whole = c.padded_dim(dim) in (_SWIZZLE.value, 2 * _SWIZZLE.value)
+    whole = c.padded_dim(dim) in (SWIZZLE.value, 2 * SWIZZLE.value)
     return whole and shared_bytes(dim, n_n) <= _SHARED_BYTES
 
 
@@ -86,7 +83,7 @@ def plan(
     if made.bins.numel():
         _plan[(n_m, heads, batch)](
             q,
-            _describe(stats),
+            describe(_panels(stats), step_block(stats.shape[3])),
             count,
             count if tokens is None else tokens,
             made.bins,
@@ -115,41 +112,19 @@ def constants(
     dim: int, n_n: int, *, keep_energy: bool, ordered: bool, exact: bool
 ) -> dict[str, object]:
     """What the kernel is compiled for."""
-    return {
-        "DIM": dim,
-        "WIDTH": c.padded_dim(dim),
-        "BLOCK_M": c.BLOCK_M,
-        "ROW_STRIDE": c.PLAN_ROW_STRIDE,
-        "STEPS": _capacity(n_n),
-        "SQUARE": c.PLAN_SQUARE_FACTOR,
-        "BINS_PER_OCTAVE": c.BINS_PER_OCTAVE,
-        "OCTAVES": c.RANK_OCTAVES,
-        "TOP_BIN": c.TOP_BIN,
-        "ENERGY_UNIT": c.ENERGY_UNIT,
-        "KEEP_ENERGY": keep_energy,
-        "ORDERED": ordered,
-        "EXACT": exact,
-    }
+    shared = compiled_for(dim, keep_energy=keep_energy, ordered=ordered, exact=exact)
+    return {**shared, "WIDTH": c.padded_dim(dim), "STEPS": _capacity(n_n)}
 
 
-def _describe(stats: Tensor) -> TensorDescriptor:
-    """Descriptor of a step: panel by panel of 64 channels, as products read shared memory."""
+def _panels(stats: Tensor) -> Tensor:
+    """Stats ``[B * Hk, W / 64, Tn, 64]``, panel by panel, as products read shared memory."""
     *_, n_n, width = stats.shape
-    panels = stats.view(-1, n_n, width // _SWIZZLE.value, _SWIZZLE.value).transpose(1, 2)
-    block = step_block(width)
-    return TensorDescriptor(
-        panels, list(panels.shape), list(panels.stride()), block, step_layout(width)
-    )
+    return stats.view(-1, n_n, width // SWIZZLE.value, SWIZZLE.value).transpose(1, 2)
 
 
 def step_block(width: int) -> list[int]:
-    """Shape of what TMA copies at once."""
-    return [1, width // _SWIZZLE.value, _STEP.value, _SWIZZLE.value]
-
-
-def step_layout(width: int) -> gl.NVMMASharedLayout:
-    """How it lies in shared memory."""
-    return gl.NVMMASharedLayout(128, 16, len(step_block(width)))
+    """Block of the panels of a step, which TMA copies at once."""
+    return [1, width // SWIZZLE.value, _STEP.value, SWIZZLE.value]
 
 
 @gluon.jit

@@ -21,6 +21,21 @@ _CACHE_BYTES = 24 << 20
 """Keys and values that are in use at a time should not be more: half of an H100's L2."""
 _WARPS = 4
 
+_BLOCK_N = tl.constexpr(c.BLOCK_N)
+_BINS = tl.constexpr(c.RANK_BINS)
+_BINS_PER_OCTAVE = tl.constexpr(c.BINS_PER_OCTAVE)
+_OCTAVES = tl.constexpr(c.RANK_OCTAVES)
+_TARGET = tl.constexpr(c.CONTROL_TARGET)
+_LOG2_THRESHOLD = tl.constexpr(c.CONTROL_LOG2_THRESHOLD)
+_FIXED = tl.constexpr(c.CONTROL_FIXED)
+_DENSITY = tl.constexpr(c.MEASURE_DENSITY)
+_ESTIMATE = tl.constexpr(c.MEASURE_ESTIMATE)
+_APPLIED = tl.constexpr(c.MEASURE_LOG2_THRESHOLD)
+_ENGINE = tl.constexpr(c.MEASURE_ENGINE)
+_SIZE = tl.constexpr(c.MEASURE_SIZE)
+_ENERGY_UNIT = tl.constexpr(c.ENERGY_UNIT)
+_TOP_BIN = tl.constexpr(c.TOP_BIN)
+
 
 @dataclass(frozen=True)
 class Lists:
@@ -129,20 +144,7 @@ def lists(
         RULE=rule,
         PARTIAL=partial,
         WANT_KEPT=want_kept,
-        BLOCK_N=c.BLOCK_N,
-        BINS=c.RANK_BINS,
-        BINS_PER_OCTAVE=c.BINS_PER_OCTAVE,
-        OCTAVES=c.RANK_OCTAVES,
-        TARGET=c.CONTROL_TARGET,
-        LOG2_THRESHOLD=c.CONTROL_LOG2_THRESHOLD,
-        FIXED=c.CONTROL_FIXED,
-        DENSITY=c.MEASURE_DENSITY,
-        ESTIMATE=c.MEASURE_ESTIMATE,
-        APPLIED=c.MEASURE_LOG2_THRESHOLD,
-        ENGINE=c.MEASURE_ENGINE,
-        SIZE=c.MEASURE_SIZE,
         USED=c.ENGINES.index(engine),
-        ENERGY_UNIT=c.ENERGY_UNIT,
         STEP=min(_LIST_BLOCK, triton.next_power_of_2(max(n_n, 1))),
         num_warps=_WARPS,
     )
@@ -151,10 +153,6 @@ def lists(
             histogram,
             taken,
             measures,
-            BINS=c.RANK_BINS,
-            DENSITY=c.MEASURE_DENSITY,
-            ESTIMATE=c.MEASURE_ESTIMATE,
-            APPLIED=c.MEASURE_LOG2_THRESHOLD,
             num_warps=_WARPS,
         )
     if total:
@@ -169,23 +167,17 @@ def lists(
 def _threshold_bin(
     energy,
     control,
-    BINS: tl.constexpr,
-    BINS_PER_OCTAVE: tl.constexpr,
-    OCTAVES: tl.constexpr,
-    TARGET: tl.constexpr,
-    LOG2_THRESHOLD: tl.constexpr,
-    FIXED: tl.constexpr,
 ):
     """Lowest kept bin. Sums are of integers, so that no rounding decides which bin is reached."""
     mass = tl.sum(energy, 0)
-    recall = tl.load(control + TARGET)
+    recall = tl.load(control + _TARGET)
     above = mass - tl.cumsum(energy, 0) + energy
     reached = above.to(tl.float64) >= recall.to(tl.float64) * mass.to(tl.float64)
     own = tl.maximum(tl.sum(reached.to(tl.int32), 0) - 1, 0)
     own = tl.where((recall >= 1) | (mass == 0), 0, own)
-    given = tl.ceil((tl.load(control + LOG2_THRESHOLD) + OCTAVES) * BINS_PER_OCTAVE)
-    given = tl.minimum(tl.maximum(given, 0.0), BINS - 1).to(tl.int32)
-    return tl.where(tl.load(control + FIXED) > 0, given, own)
+    given = tl.ceil((tl.load(control + _LOG2_THRESHOLD) + _OCTAVES) * _BINS_PER_OCTAVE)
+    given = tl.minimum(tl.maximum(given, 0.0), _BINS - 1).to(tl.int32)
+    return tl.where(tl.load(control + _FIXED) > 0, given, own)
 
 
 @triton.jit
@@ -195,36 +187,28 @@ def _record(
     bin_,
     curve,
     measures,
-    BINS: tl.constexpr,
-    BINS_PER_OCTAVE: tl.constexpr,
-    OCTAVES: tl.constexpr,
-    DENSITY: tl.constexpr,
-    ESTIMATE: tl.constexpr,
-    APPLIED: tl.constexpr,
-    ENGINE: tl.constexpr,
-    SIZE: tl.constexpr,
     USED: tl.constexpr,
 ):
     """Store the normalised histogram and what follows from it and the threshold's bin."""
-    bins = tl.arange(0, BINS)
+    bins = tl.arange(0, _BINS)
     mass, pairs = tl.sum(energy, 0), tl.sum(number, 0)
     mass64 = tl.maximum(mass, 1).to(tl.float64)
     pairs64 = tl.maximum(pairs, 1).to(tl.float64)
     tl.store(curve + bins, (energy.to(tl.float64) / mass64).to(tl.float32))
-    tl.store(curve + BINS + bins, (number.to(tl.float64) / pairs64).to(tl.float32))
+    tl.store(curve + _BINS + bins, (number.to(tl.float64) / pairs64).to(tl.float32))
     kept_mass = tl.sum(tl.where(bins >= bin_, energy, 0), 0).to(tl.float64)
     kept_pairs = tl.sum(tl.where(bins >= bin_, number, 0), 0).to(tl.float64)
     density = tl.where(pairs > 0, kept_pairs / pairs64, 1.0).to(tl.float32)
     estimate = tl.where(mass > 0, kept_mass / mass64, 1.0).to(tl.float32)
-    applied = bin_.to(tl.float32) / BINS_PER_OCTAVE - OCTAVES
-    for at in tl.static_range(SIZE):
-        if at == DENSITY:
+    applied = bin_.to(tl.float32) / _BINS_PER_OCTAVE - _OCTAVES
+    for at in tl.static_range(_SIZE):
+        if at == _DENSITY:
             tl.store(measures + at, density)
-        elif at == ESTIMATE:
+        elif at == _ESTIMATE:
             tl.store(measures + at, estimate)
-        elif at == APPLIED:
+        elif at == _APPLIED:
             tl.store(measures + at, applied)
-        elif at == ENGINE:
+        elif at == _ENGINE:
             tl.store(measures + at, USED)
         else:  # an audit's alone
             tl.store(measures + at, float("nan"))
@@ -235,21 +219,17 @@ def _measure(
     histogram,
     taken,
     measures,
-    BINS: tl.constexpr,
-    DENSITY: tl.constexpr,
-    ESTIMATE: tl.constexpr,
-    APPLIED: tl.constexpr,
 ):
     """One program: density and estimate of a rule that has no threshold."""
-    bins = tl.arange(0, BINS)
+    bins = tl.arange(0, _BINS)
     mass = tl.sum(tl.load(histogram + bins), 0)
-    pairs = tl.sum(tl.load(histogram + BINS + bins), 0)
+    pairs = tl.sum(tl.load(histogram + _BINS + bins), 0)
     kept_mass = tl.load(taken).to(tl.float64) / tl.maximum(mass, 1).to(tl.float64)
     kept_pairs = tl.load(taken + 1).to(tl.float64) / tl.maximum(pairs, 1).to(tl.float64)
-    tl.store(measures + DENSITY, tl.where(pairs > 0, kept_pairs, 1.0).to(tl.float32))
+    tl.store(measures + _DENSITY, tl.where(pairs > 0, kept_pairs, 1.0).to(tl.float32))
     estimate = tl.where(mass > 0, tl.minimum(kept_mass, 1.0), 1.0)
-    tl.store(measures + ESTIMATE, estimate.to(tl.float32))
-    tl.store(measures + APPLIED, float("nan"))
+    tl.store(measures + _ESTIMATE, estimate.to(tl.float32))
+    tl.store(measures + _APPLIED, float("nan"))
 
 
 @triton.jit
@@ -286,37 +266,19 @@ def _lists(
     RULE: tl.constexpr,
     PARTIAL: tl.constexpr,
     WANT_KEPT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BINS: tl.constexpr,
-    BINS_PER_OCTAVE: tl.constexpr,
-    OCTAVES: tl.constexpr,
-    TARGET: tl.constexpr,
-    LOG2_THRESHOLD: tl.constexpr,
-    FIXED: tl.constexpr,
-    DENSITY: tl.constexpr,
-    ESTIMATE: tl.constexpr,
-    APPLIED: tl.constexpr,
-    ENGINE: tl.constexpr,
-    SIZE: tl.constexpr,
     USED: tl.constexpr,
-    ENERGY_UNIT: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """One program per (query tile, head, batch). Each finds the threshold: a launch less."""
     n_m, heads = tl.num_programs(0), tl.num_programs(1)
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    TOP_BIN: tl.constexpr = BINS - 1
     row = (batch.to(tl.int64) * heads + head) * n_m + tile
-    masses = tl.load(histogram + tl.arange(0, BINS))
-    cutoff = _threshold_bin(
-        masses, control, BINS, BINS_PER_OCTAVE, OCTAVES, TARGET, LOG2_THRESHOLD, FIXED
-    )
+    masses = tl.load(histogram + tl.arange(0, _BINS))
+    cutoff = _threshold_bin(masses, control)
     if row == 0:
         tl.store(queue, 0)
-        _record(
-            masses, tl.load(histogram + BINS + tl.arange(0, BINS)), cutoff, curve, measures,
-            BINS, BINS_PER_OCTAVE, OCTAVES, DENSITY, ESTIMATE, APPLIED, ENGINE, SIZE, USED,
-        )  # fmt: skip
+        numbers = tl.load(histogram + _BINS + tl.arange(0, _BINS))
+        _record(masses, numbers, cutoff, curve, measures, USED)
     bins += row * n_n
     energy += row * n_n
     index += row * n_n
@@ -328,7 +290,7 @@ def _lists(
     wanted = 0.0
     above = 0.0
     if RULE != "threshold":
-        target = tl.load(control + TARGET)
+        target = tl.load(control + _TARGET)
         sum_ = 0.0
         for start in range(0, n_n, STEP):
             _, _, weight = _row_step(bins, energy, count, start + step, n_n, RULE)
@@ -339,7 +301,7 @@ def _lists(
         elif target >= 1:
             wanted = float("inf")
         cutoff = 0
-        high = TOP_BIN
+        high = _TOP_BIN
         while cutoff < high:
             middle = (cutoff + high + 1) // 2
             sum_ = 0.0
@@ -370,7 +332,7 @@ def _lists(
                 before += tl.sum(tied, 0)
                 keep = keep & ((bin_ > cutoff) | (spent < wanted))
                 if RULE == "top_p":
-                    best = (keys > 0) & (bin_ == TOP_BIN)
+                    best = (keys > 0) & (bin_ == _TOP_BIN)
                     place = first + tl.cumsum(best.to(tl.int32), 0)
                     first += tl.sum(best.to(tl.int32), 0)
                     keep = keep | (best & (place == 1))
@@ -385,9 +347,9 @@ def _lists(
                     )
             if PARTIAL:
                 if phase == 0:
-                    keep = keep & (keys == BLOCK_N)
+                    keep = keep & (keys == _BLOCK_N)
                 else:
-                    keep = keep & (keys < BLOCK_N)
+                    keep = keep & (keys < _BLOCK_N)
             place = listed + tl.cumsum(keep.to(tl.int32), 0) - 1
             tl.store(index + place, at.to(index.dtype.element_ty), mask=keep)
             listed += tl.sum(keep.to(tl.int32), 0)
@@ -396,7 +358,7 @@ def _lists(
     tl.store(counts + row, listed, mask=row < total)
     tl.store(counts + total + row, whole, mask=row < total)
     if RULE != "threshold":
-        tl.atomic_add(taken, tl.floor(mass * ENERGY_UNIT + 0.5).to(tl.int64), sem="relaxed")
+        tl.atomic_add(taken, tl.floor(mass * _ENERGY_UNIT + 0.5).to(tl.int64), sem="relaxed")
         tl.atomic_add(taken + 1, tl.cast(listed, tl.int64), sem="relaxed")
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels.ranks import ENERGY_FP16, LOWEST, Plan, empty_plan
+from cef_compile.kernels.ranks import ENERGY_FP16, LOWEST, Plan, compiled_for, empty_plan
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _ENERGY_FP16 = tl.constexpr(ENERGY_FP16)
@@ -72,20 +72,15 @@ def plan(
             scale,
             *((n_m, n_n) if exact_tiles is None else exact_tiles),
             *q.stride(),
-            DIM=dim,
+            **compiled_for(
+                dim,
+                keep_energy=keep_energy,
+                ordered=tokens is not None,
+                exact=exact_tiles is not None,
+            ),
             BLOCK_D=c.padded_dim(dim),
-            BLOCK_M=c.BLOCK_M,
-            ROW_STRIDE=c.PLAN_ROW_STRIDE,
             GROUP=group_tiles,
             KEYS=block_keys,
-            SQUARE=c.PLAN_SQUARE_FACTOR,
-            BINS_PER_OCTAVE=c.BINS_PER_OCTAVE,
-            OCTAVES=c.RANK_OCTAVES,
-            TOP_BIN=c.TOP_BIN,
-            ENERGY_UNIT=c.ENERGY_UNIT,
-            KEEP_ENERGY=keep_energy,
-            ORDERED=tokens is not None,
-            EXACT=exact_tiles is not None,
             PRECISION=c.PLAN_PRECISION if q.dtype == torch.float32 else None,
             STAGES=stages,
             num_warps=warps,

@@ -1,4 +1,4 @@
-"""What the kernels of the plan, in whatever language, have in common: what they return."""
+"""What the kernels of the plan, in whatever language, return and are compiled for."""
 
 from __future__ import annotations
 
@@ -52,3 +52,20 @@ def empty_plan(
 def variance_factor(scale: float) -> float:
     """Factor that a plan expects in the variances: its term is ``scale * (a q^2) . s2``."""
     return 0.5 * scale / c.PLAN_SQUARE_FACTOR
+
+
+def compiled_for(dim: int, *, keep_energy: bool, ordered: bool, exact: bool) -> dict[str, object]:
+    """What every kernel of the plan is compiled for."""
+    return {
+        "DIM": dim,
+        "BLOCK_M": c.BLOCK_M,
+        "ROW_STRIDE": c.PLAN_ROW_STRIDE,
+        "SQUARE": c.PLAN_SQUARE_FACTOR,
+        "BINS_PER_OCTAVE": c.BINS_PER_OCTAVE,
+        "OCTAVES": c.RANK_OCTAVES,
+        "TOP_BIN": c.TOP_BIN,
+        "ENERGY_UNIT": c.ENERGY_UNIT,
+        "KEEP_ENERGY": keep_energy,
+        "ORDERED": ordered,
+        "EXACT": exact,
+    }

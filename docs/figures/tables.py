@@ -26,6 +26,7 @@ SCALING: Final = ROOT / "bench" / "scaling.py"
 ENGINES: Final = ROOT / "bench" / "results" / "engines-h100.json"
 EIGHT_BITS: Final = ROOT / "bench" / "results" / "eight-bits.json"
 EIGHT_BITS_TIMES: Final = ROOT / "bench" / "results" / "eight-bits-h100.json"
+TO_EIGHT_BITS: Final = ("k to int8, scale by tile", "q to int8, scale by row")
 PAGES: Final = tuple(
     ROOT / page
     for page in (
@@ -90,7 +91,7 @@ def _shape(text: str) -> tuple[str, str, str, str, str]:
 
 
 def engines(_: dict[str, Any]) -> str:
-    """Engines of the attention over lists, each density in each run of the bench."""
+    """Engines of the attention over lists, by density."""
     return _engines(json.loads(ENGINES.read_text(encoding="utf-8"))["results"])
 
 
@@ -105,15 +106,11 @@ def _engines(rows: Rows) -> str:
     table = []
     for key in dict.fromkeys(map(_of_engine, rows)):
         mine = {r["density"]: r for r in rows if _of_engine(r) == key}
-        shape, run, engine, keys = key
-        place = shape if run is None else f"{shape}, run {run}"
+        shape, engine, keys = key
         name = engine if keys is None else f"{engine}, lists of {keys} keys"
-        cells = [
-            f"{mine[d]['ms']:.2f} ms, {speed(mine[d])}" if d in mine else "" for d in densities
-        ]
-        errors = [row["error"] for row in mine.values() if "error" in row]
-        worst = f"{max(errors):.1e}" if errors else ""
-        table.append([f"{place}: {name}", *cells, worst])
+        cells = [f"{mine[d]['ms']:.2f} ms, {speed(mine[d])}" for d in densities]
+        worst = max(row["error"] for row in mine.values())
+        table.append([f"{shape}: {name}", *cells, f"{worst:.1e}"])
     header = [d if d == "uneven" else f"density {d:.2f}" for d in densities]
     return markdown(["", *header, "largest error"], table)
 
@@ -133,22 +130,18 @@ def eight_bits_times(_: dict[str, Any]) -> str:
     """What they save of the attention over lists, and what making them costs."""
     rows: Rows = json.loads(EIGHT_BITS_TIMES.read_text(encoding="utf-8"))["results"]
     table = []
-    for shape, density in dict.fromkeys((r["shape"], r.get("density")) for r in rows):
-        mine = {r["name"]: r["ms"] for r in rows if r["shape"] == shape}
-        if density is None:
-            continue
-        at = {
-            r["name"]: r["ms"] for r in rows if (r["shape"], r.get("density")) == (shape, density)
-        }
-        cells = [f"{at[name]:.2f} ms, {at[name] / at['bf16'] - 1:+.0%}" for name in ("int8", "fp8")]
-        made = mine["k to int8, scale by tile"] + mine["q to int8, scale by row"]
-        table.append([shape, f"{density:.2f}", f"{at['bf16']:.2f} ms", *cells, f"{made:.3f} ms"])
+    times = {(r["shape"], r.get("density"), r["name"]): r["ms"] for r in rows}
+    for shape, density in dict.fromkeys((r["shape"], r["density"]) for r in rows if "density" in r):
+        plain, *eight = (times[shape, density, name] for name in ("bf16", "int8", "fp8"))
+        cells = [f"{ms:.2f} ms, {ms / plain - 1:+.0%}" for ms in eight]
+        made = sum(times[shape, None, name] for name in TO_EIGHT_BITS)
+        table.append([shape, f"{density:.2f}", f"{plain:.2f} ms", *cells, f"{made:.3f} ms"])
     header = ["heads x keys x head_dim", "density", "bf16", "INT8 scores", "FP8 scores"]
     return markdown([*header, "q and k to 8 bits"], table)
 
 
 def _of_engine(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["shape"], row.get("run"), row["engine"], row["tile_keys"]
+    return row["shape"], row["engine"], row["tile_keys"]
 
 
 def parts(found: dict[str, Any]) -> str:

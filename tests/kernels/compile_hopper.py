@@ -21,11 +21,11 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import hopper, hopper_online, hopper_plan
+from cef_compile.kernels.gluon_parts import block_layout, tile_block
 
 POINTERS = {
     "tokens": "i32",
@@ -64,20 +64,19 @@ def plan(head_dim: int, key_tiles: int, other: bool) -> Built:
         head_dim, key_tiles, keep_energy=other, ordered=other, exact=other
     )
     width = 2 * c.padded_dim(head_dim)
-    blocks = {"stats_desc": (hopper_plan.step_block(width), hopper_plan.step_layout(width))}
+    blocks = {"stats_desc": hopper_plan.step_block(width)}
     return build(hopper_plan._plan, given, blocks, hopper_plan.OPTIONS)
 
 
-def tiles_of(width: int) -> dict[str, Any]:
+def tiles_of(width: int) -> dict[str, list[int]]:
     """Blocks of k and v: so many channels of a tile."""
-    block = ([1, 1, c.BLOCK_N, width], gl.NVMMASharedLayout(128, 16, 4))
-    return {"k_desc": block, "v_desc": block}
+    return {"k_desc": tile_block(width), "v_desc": tile_block(width)}
 
 
 def build(
-    kernel: Any, given: dict[str, Any], blocks: dict[str, Any], options: dict[str, Any]
+    kernel: Any, given: dict[str, Any], blocks: dict[str, list[int]], options: dict[str, Any]
 ) -> Built:
-    """A kernel for contiguous rows; of each descriptor the block it copies and its layout."""
+    """A kernel for contiguous rows; of each descriptor the block it copies."""
     given = {**given, "q_d": 1, "mask_l": 1}
     signature, constants, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
@@ -87,8 +86,8 @@ def build(
         elif name in POINTERS:
             signature[name] = f"*{POINTERS[name]}"
         elif name.endswith("_desc"):
-            block, layout = blocks[name]
-            signature[name] = f"tensordesc<bf16{block},{layout!r}>"
+            block = blocks[name]
+            signature[name] = f"tensordesc<bf16{block},{block_layout(block)!r}>"
         else:
             signature[name] = "fp32" if name in ("scale", "even") else "i32"
         if name in ALIGNED:
