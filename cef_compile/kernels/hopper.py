@@ -177,7 +177,7 @@ def _produce(
     K_WIDTH: gl.constexpr, V_WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes query tiles from the queue and copies their listed tiles of k and v."""
-    k_full, k_empty, v_full, v_empty, slot_full, slot_empty = bars
+    k_full, k_empty, v_full, v_empty, slot_full, slot_empty, _blanked = bars
     index, count, order = lists
     n_m, n_n, heads, heads_per_key_head, total_tiles, _q_len, _positions, _kv_len = sizes
     one_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -219,11 +219,11 @@ def _produce(
 @gluon.jit
 def _seen(
     first, listed, here, batch, mask, kv_len,
-    BLOCK_N: gl.constexpr, HAS_MASK: gl.constexpr, layout: gl.constexpr,
+    KEYS: gl.constexpr, BLOCK_N: gl.constexpr, HAS_MASK: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Which keys of a step count: those of a listed tile, inside k, and not masked."""
+    """Which of KEYS keys, from a place in a list on, count: of a listed tile, in k, not masked."""
     key_mask, mask_b, mask_l = mask
-    column = gl.arange(0, _PAIR * BLOCK_N, layout)
+    column = gl.arange(0, KEYS, layout)
     place = first + column // BLOCK_N
     seen = place < listed
     key = gl.load(here + place, mask=seen, other=0).to(gl.int32) * BLOCK_N + column % BLOCK_N
@@ -236,13 +236,19 @@ def _seen(
 
 @gluon.jit
 def _blank(
-    values, first, listed, here, batch, mask, kv_len, BLOCK_N: gl.constexpr, layout: gl.constexpr
-):
-    """Zeroes the values of hidden keys, which may be NaN. Both groups do, and write the same."""
+    values, first, listed, here, batch, mask, kv_len, blanked, phase,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Zeroes the values of hidden keys, which may be NaN: each group those of one listed tile."""
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    seen = _seen(first, listed, here, batch, mask, kv_len, BLOCK_N, True, row_layout)
-    values.store(gl.where(gl.expand_dims(seen, 1), values.load(layout), 0.0))
+    own = values.slice(GROUP * BLOCK_N, BLOCK_N, 0)
+    seen = _seen(
+        first + GROUP, listed, here, batch, mask, kv_len, BLOCK_N, BLOCK_N, True, row_layout
+    )
+    own.store(gl.where(gl.expand_dims(seen, 1), own.load(layout), 0.0))
     fence_async_shared()
+    mbarrier.arrive(blanked, count=1)
+    mbarrier.wait(blanked, phase)
 
 
 @gluon.jit
@@ -306,7 +312,7 @@ def _consume(
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """Four warps: attention of half of each query tile over its listed tiles."""
-    k_full, k_empty, v_full, v_empty, slot_full, slot_empty = bars
+    k_full, k_empty, v_full, v_empty, slot_full, slot_empty, blanked = bars
     index, count, order = lists
     n_m, n_n, heads, _group, total_tiles, q_len, positions, kv_len = sizes
     out, out_b, out_h, out_l = output
@@ -332,6 +338,7 @@ def _consume(
     score = gl.zeros([ROWS, KEYS], gl.float32, score_layout)
     step = 0
     turn = 0
+    blanks = 0
     slot = gl.program_id(0)
     q_rows.store(
         _load_rows(query, slot, lists, sizes, tokens, GROUP, HEAD_DIM, BLOCK_M, ORDERED, q_layout)
@@ -355,7 +362,9 @@ def _consume(
             score = warpgroup_mma_wait(0, deps=(score,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             if whole == 0:
-                seen = _seen(0, listed, here, batch, mask, kv_len, BLOCK_N, HAS_MASK, key_layout)
+                seen = _seen(
+                    0, listed, here, batch, mask, kv_len, KEYS, BLOCK_N, HAS_MASK, key_layout
+                )
                 score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
             exact, _shrink, top, total = _softmax_step(score, top, total, scale2)
             weight = gl.convert_layout(exact.to(dtype), weight_layout)
@@ -376,13 +385,23 @@ def _consume(
                     if first > whole:
                         _blank(
                             v_steps.index(before), first - _PAIR, listed, here, batch, mask,
-                            kv_len, BLOCK_N, value_layout,
+                            kv_len, blanked, blanks & 1, GROUP, BLOCK_N, value_layout,
                         )  # fmt: skip
+                        blanks += 1
                 accs = add_values(accs, weight, v_steps.index(before))
                 score = warpgroup_mma_wait(len(accs), deps=(score,))
                 if first >= whole:
                     seen = _seen(
-                        first, listed, here, batch, mask, kv_len, BLOCK_N, HAS_MASK, key_layout
+                        first,
+                        listed,
+                        here,
+                        batch,
+                        mask,
+                        kv_len,
+                        KEYS,
+                        BLOCK_N,
+                        HAS_MASK,
+                        key_layout,
                     )
                     score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
                 exact, shrink, top, total = _softmax_step(score, top, total, scale2)
@@ -418,8 +437,9 @@ def _consume(
                 if whole < listed:
                     _blank(
                         v_steps.index(stage), (listed - 1) // _PAIR * _PAIR, listed, here, batch,
-                        mask, kv_len, BLOCK_N, value_layout,
+                        mask, kv_len, blanked, blanks & 1, GROUP, BLOCK_N, value_layout,
                     )  # fmt: skip
+                    blanks += 1
             accs = add_values(accs, weight, v_steps.index(stage))
             accs = warpgroup_mma_wait(0, deps=(weight,) + accs)[1:]  # noqa: RUF005
             mbarrier.arrive(v_empty.index(stage), count=1)
@@ -500,9 +520,11 @@ def _attend(
     slot_empty = gl.allocate_shared_memory(gl.int64, [1], bar)
     mbarrier.init(slot_full, count=1)
     mbarrier.init(slot_empty, count=_GROUPS)
+    blanked = gl.allocate_shared_memory(gl.int64, [1], bar)
+    mbarrier.init(blanked, count=_GROUPS)
     fence_async_shared()
 
-    bars = (k_full, k_empty, v_full, v_empty, slot_full, slot_empty)
+    bars = (k_full, k_empty, v_full, v_empty, slot_full, slot_empty, blanked)
     lists = (index, count, order)
     sizes = (n_m, n_n, heads, heads_per_key_head, total_tiles, q_len, positions, kv_len)
     mask = (key_mask, mask_b, mask_l)
