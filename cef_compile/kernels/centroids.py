@@ -1,6 +1,7 @@
 """Step 1 of the planned filter: mean and per-channel variance of every tile, one pass over k.
 
-With a token order the same pass writes k and v in that order.
+With a token order the same pass writes k in that order; v follows in a pass of its own, which runs
+beside the plan.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels.order import Layout
 
 _WARPS = 4
+_ROWS = 64
+"""Rows that one program moves."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,16 @@ class Centroids:
 
 @dataclass(frozen=True)
 class Arranged:
-    """Keys and values in the order of their tokens' places (:class:`Layout`), with their centroids.
+    """Keys in the order of their tokens' places (:class:`Layout`), with their centroids.
 
     Attributes:
-        k, v: contiguous ``[B, Hk, length, D]`` and ``[B, Hk, length, Dv]``, zeros where there is no
-            token.
+        k: contiguous ``[B, Hk, length, D]``, zeros where there is no token.
         key_mask: bool ``[B or 1, length]``; None where every position holds a visible token.
         tokens: int32 ``[length]``, the token at each position of the order, -1 where there is none.
         centroids: of the visible keys.
     """
 
     k: Tensor
-    v: Tensor
     key_mask: Tensor | None
     tokens: Tensor
     centroids: Centroids
@@ -117,28 +118,25 @@ def _new(stats: Tensor) -> Callable[..., Tensor]:
 
 def arrange(
     k: Tensor,
-    v: Tensor,
     key_mask: Tensor | None,
     layout: Layout,
     *,
     variance_factor: float | None = None,
 ) -> Arranged:
-    """K and v in token order, and the centroids of k's tiles there, in one pass over both.
+    """K in token order, and the centroids of its tiles there, in one pass.
 
     Args:
-        k, v: ``[B, Hk, kv_len, D]`` and ``[B, Hk, kv_len, Dv]``, any strides.
+        k: ``[B, Hk, kv_len, D]``, any strides.
         key_mask: bool ``[B or 1, kv_len]``, any strides.
         layout: of the kv_len tokens.
         variance_factor: as for :func:`centroids`.
     """
     batch, heads, _, dim = k.shape
-    value_dim = v.shape[3]
     n_n = c.tiles(layout.length, c.BLOCK_N)
     cube_frames, cube_height, cube_width = layout.cube
     block_d = c.padded_dim(dim)
     width = block_d if variance_factor is None else 2 * block_d
     new_k = k.new_empty(batch, heads, layout.length, dim)
-    new_v = v.new_empty(batch, heads, layout.length, value_dim)
     stats = k.new_empty(batch, heads, n_n, width)
     mask_batch = 1 if key_mask is None else key_mask.shape[0]
     made = _made(stats, mask_batch, for_plan=variance_factor is not None)
@@ -149,10 +147,8 @@ def arrange(
     if stats.numel():
         _arrange[(n_n, heads, batch)](
             k,
-            v,
             k if key_mask is None else key_mask,
             new_k,
-            new_v,
             made.count if new_mask is None else new_mask,
             tokens,
             stats,
@@ -165,12 +161,9 @@ def arrange(
             *layout.grid,
             layout.after,
             *k.stride(),
-            *v.stride(),
             *c.mask_strides(key_mask),
             DIM=dim,
-            VALUE_DIM=value_dim,
             BLOCK_D=block_d,
-            BLOCK_DV=c.padded_dim(value_dim),
             BLOCK_M=c.BLOCK_M,
             BLOCK_N=c.BLOCK_N,
             CUBE_FRAMES=cube_frames,
@@ -182,7 +175,31 @@ def arrange(
             BINS=c.RANK_BINS,
             num_warps=_WARPS,
         )
-    return Arranged(new_k, new_v, new_mask, tokens, made)
+    return Arranged(new_k, new_mask, tokens, made)
+
+
+def in_order(x: Tensor, tokens: Tensor, out: Tensor) -> Tensor:
+    """Rows of x in token order, zeros where there is no token.
+
+    Args:
+        x: ``[B, Hk, kv_len, D]``, any strides.
+        tokens: of :class:`Arranged`.
+        out: contiguous ``[B, Hk, length, D]``, to be written and returned.
+    """
+    batch, heads, length, dim = out.shape
+    if out.numel():
+        _in_order[(triton.cdiv(length, _ROWS), heads, batch)](
+            x,
+            tokens,
+            out,
+            length,
+            *x.stride(),
+            DIM=dim,
+            BLOCK_D=c.padded_dim(dim),
+            ROWS=_ROWS,
+            num_warps=_WARPS,
+        )
+    return out
 
 
 @triton.jit
@@ -314,10 +331,8 @@ def _token_at(
 )
 def _arrange(
     k,
-    v,
     key_mask,
     new_k,
-    new_v,
     new_mask,
     tokens,
     stats,
@@ -335,16 +350,10 @@ def _arrange(
     k_h,
     k_l,
     k_d,
-    v_b,
-    v_h,
-    v_l,
-    v_d,
     mask_b,
     mask_l,
     DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CUBE_FRAMES: tl.constexpr,
@@ -369,24 +378,12 @@ def _arrange(
     source = token.to(tl.int64)
     inside = position < length
     dims = tl.arange(0, BLOCK_D)
-    value_dims = tl.arange(0, BLOCK_DV)
-
-    # All loads before any store, which the compiler would not move them across.
     first = batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
     at = source[:, None] * k_l + dims.to(tl.int64)[None, :] * k_d
     narrow = (dims < DIM)[None, :]
     keys = tl.load(k + first + at, mask=real[:, None] & narrow, other=0.0)
-    first = batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
-    at = source[:, None] * v_l + value_dims.to(tl.int64)[None, :] * v_d
-    narrow_value = (value_dims < VALUE_DIM)[None, :]
-    values = tl.load(v + first + at, mask=real[:, None] & narrow_value, other=0.0)
     row = (batch.to(tl.int64) * heads + head) * length + position
     tl.store(new_k + row[:, None] * DIM + dims[None, :], keys, mask=inside[:, None] & narrow)
-    tl.store(
-        new_v + row[:, None] * VALUE_DIM + value_dims[None, :],
-        values,
-        mask=inside[:, None] & narrow_value,
-    )
 
     seen = real
     if HAS_MASK:
@@ -404,3 +401,31 @@ def _arrange(
         tl.store(count + batch * n_n + tile, found)
         if WRITE_MASK:
             tl.store(new_mask + batch.to(tl.int64) * length + position, seen, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _in_order(
+    x,
+    tokens,
+    out,
+    length,
+    x_b,
+    x_h,
+    x_l,
+    x_d,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program per (ROWS positions of the order, head, batch)."""
+    head, batch = tl.program_id(1), tl.program_id(2)
+    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = position < length
+    token = tl.load(tokens + position, mask=inside, other=-1)
+    dims = tl.arange(0, BLOCK_D)
+    narrow = (dims < DIM)[None, :]
+    x += batch.to(tl.int64) * x_b + head.to(tl.int64) * x_h
+    at = token.to(tl.int64)[:, None] * x_l + dims.to(tl.int64)[None, :] * x_d
+    rows = tl.load(x + at, mask=(token >= 0)[:, None] & narrow, other=0.0)
+    row = (batch.to(tl.int64) * tl.num_programs(1) + head) * length + position
+    tl.store(out + row[:, None] * DIM + dims[None, :], rows, mask=inside[:, None] & narrow)

@@ -8,8 +8,8 @@ captured in a CUDA graph and replayed with another ``control``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from cef_compile.kernels import ledger
 from cef_compile.kernels import online as _online
 from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
-from cef_compile.kernels.centroids import Centroids, arrange, centroids
+from cef_compile.kernels.centroids import Centroids, arrange, centroids, in_order
 from cef_compile.kernels.descriptor import can_describe
 from cef_compile.kernels.engines import Call, find_engine
 from cef_compile.kernels.lists import Lists, heads_together, lists
@@ -70,6 +70,33 @@ def _on_the_device_of_q(function: Callable[..., Output]) -> Callable[..., Output
     return call
 
 
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """What is launched here runs beside what follows, up to :func:`_join`.
+
+    The plan leaves most of the memory's bandwidth unused and a copy all else. Memory that is
+    written here must come from outside, so that the allocator knows of one stream alone.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+
+
+def _join(device: torch.device) -> None:
+    """What follows waits for what was launched beside it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 @_on_the_device_of_q
 def planned(
     q: Tensor,
@@ -113,9 +140,12 @@ def planned(
     if layout is None:
         cents = centroids(k, key_mask, variance_factor=variance_factor(scale))
     else:
-        arranged = arrange(k, v, key_mask, layout, variance_factor=variance_factor(scale))
-        tiled_k, tiled_v, tiled_mask = arranged.k, arranged.v, arranged.key_mask
-        tokens, exact_tiles, cents = arranged.tokens, layout.exact_tiles, arranged.centroids
+        arranged = arrange(k, key_mask, layout, variance_factor=variance_factor(scale))
+        tiled_k, tiled_mask, tokens = arranged.k, arranged.key_mask, arranged.tokens
+        exact_tiles, cents = layout.exact_tiles, arranged.centroids
+        tiled_v = v.new_empty(*v.shape[:2], layout.length, v.shape[3])
+        with _beside(v.device):
+            in_order(v, tokens, tiled_v)
     partial = tiled_mask is not None or tiled_k.shape[2] % c.BLOCK_N != 0
     engine = _engine(engine, q, tiled_k, tiled_v, tiled_mask, tokens, compensate=compensate)
     ranked = _rank(
@@ -141,6 +171,8 @@ def planned(
         together=heads_together(q.shape[1], tiled_k, tiled_v),
         engine=engine,
     )
+    if layout is not None:
+        _join(v.device)
     out, lse = _attend(
         engine,
         q,
@@ -316,9 +348,11 @@ def online(
     tuning = _tuning(q, v)
     tiled_k, tiled_v, tiled_mask, tokens, exact_tiles = k, v, key_mask, None, None
     if layout is not None:
-        arranged = arrange(k, v, key_mask, layout)
-        tiled_k, tiled_v, tiled_mask = arranged.k, arranged.v, arranged.key_mask
-        tokens, exact_tiles = arranged.tokens, layout.exact_tiles
+        arranged = arrange(k, key_mask, layout)
+        tiled_k, tiled_mask, tokens = arranged.k, arranged.key_mask, arranged.tokens
+        tiled_v = v.new_empty(*v.shape[:2], layout.length, v.shape[3])
+        in_order(v, tokens, tiled_v)
+        exact_tiles = layout.exact_tiles
     engine = _engine(engine, q, tiled_k, tiled_v, tiled_mask, tokens, online=True, bound=bound)
     if engine == "hopper":
         from cef_compile.kernels import hopper_online
