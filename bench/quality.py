@@ -131,26 +131,27 @@ def flicker(video: Video) -> float:
 
 
 class Recorder:
-    """An inner compiler that runs graphs as they are and, while asked to, keeps the op's inputs."""
+    """An inner compiler that runs graphs as they are and, of some scenes, keeps the op's inputs."""
 
     def __init__(self) -> None:
-        self.on = False
-        self.calls: list[tuple[Any, ...]] = []
+        self.scene: str | None = None
+        self.calls: dict[str, list[tuple[Any, ...]]] = {}
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         """The graph, to be called."""
-        recording = _Recording(gm, self.calls)
-        return lambda *args: recording.run(*args) if self.on else gm(*args)
+        recording = _Recording(gm, self)
+        return lambda *args: recording.run(*args) if self.scene else gm(*args)
 
 
 class _Recording(torch.fx.Interpreter):
-    def __init__(self, gm: torch.fx.GraphModule, calls: list[tuple[Any, ...]]) -> None:
+    def __init__(self, gm: torch.fx.GraphModule, recorder: Recorder) -> None:
         super().__init__(gm)
-        self._calls = calls
+        self._recorder = recorder
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.cef.attention.default:
-            self._calls.append(tuple(x.clone() if isinstance(x, Tensor) else x for x in args))
+            calls = self._recorder.calls.setdefault(self._recorder.scene or "", [])
+            calls.append(tuple(x.clone() if isinstance(x, Tensor) else x for x in args))
         return super().call_function(target, args, kwargs)
 
 
@@ -218,7 +219,8 @@ class Study:
 
             @contextmanager
             def before(step: int, level: float) -> Iterator[None]:
-                recorder.on = step == len(scene.levels) // 2 and scene.name in TIMED_SCENES
+                timed = step == len(scene.levels) // 2 and scene.name in TIMED_SCENES
+                recorder.scene = scene.name if timed else None
                 with backend.dense() if level > dense_above else nullcontext():
                     yield
 
@@ -228,7 +230,10 @@ class Study:
         row = {"method": name, "parameter": parameter, "dense_above": dense_above}
         row |= {"recall": audit.recall, "density": audit.density, **self._quality(videos)}
         if self.device.type == "cuda":
-            filtered, dense = attention_ms(recorder.calls)
+            times = {scene: attention_ms(calls) for scene, calls in recorder.calls.items()}
+            for scene, (ms, cudnn_ms) in times.items():
+                row[f"{scene.split()[0]}_speed"] = cudnn_ms / ms
+            filtered, dense = (sum(part) for part in zip(*times.values(), strict=True))
             row |= {"attention_ms": filtered, "cudnn_ms": dense, "speed": dense / filtered}
         return row
 
