@@ -40,6 +40,9 @@ COUNT_BLOCK: Final = 16
 RECALL_UNIT: Final = 2**30
 """Fixed-point units of one row's recall in a sum over rows, which then has no order."""
 
+INT8_LIMIT: Final = 127
+"""Largest integer of a query or key in 8 bits, either sign."""
+
 INT16_TILES: Final = 32767
 """Up to so many key tiles the kernels' lists are int16."""
 

@@ -21,6 +21,7 @@ from cef_compile.kernels.reference.audit import (
     tile_energies,
 )
 from cef_compile.kernels.reference.common import Result, new_output, work_dtype
+from cef_compile.kernels.reference.eight_bits import EightBits, attend_eight_bits, eight_bits
 from cef_compile.kernels.reference.online import first_tile, online
 from cef_compile.kernels.reference.places import Places
 from cef_compile.kernels.reference.planned import (
@@ -36,13 +37,16 @@ from cef_compile.kernels.reference.planned import (
 __all__ = [
     "Audited",
     "Centroids",
+    "EightBits",
     "Places",
     "Plan",
     "Result",
     "attend",
+    "attend_eight_bits",
     "audit",
     "centroids",
     "choose",
+    "eight_bits",
     "exact_attention",
     "exact_lse",
     "first_tile",
