@@ -59,6 +59,7 @@ from cef_compile.kernels.ranks import Plan, variance_factor
 
 WAN = {"A14B 480p": (40, 32760), "A14B 720p": (40, 75600), "TI2V-5B 720p": (24, 27280)}
 DENSITIES = (0.2, 0.3, 0.4)
+INT8_DENSITIES = (0.4, 0.18)
 ONLINE_LOG2_THRESHOLDS = {
     False: (-60.0, -12.0, -10.0, -9.0, -8.0, -7.0),
     True: (-60.0, -9.0, -6.0, -5.0, -4.0, -3.0),
@@ -149,7 +150,7 @@ def parts() -> Iterator[Row]:
         for name, order in (("longest first", listed.order), ("as they come", natural)):
 
             def attend():
-                return over_lists(engine, q, k, v, replace(listed, order=order))
+                return over_lists(engine, q, k, v, replace(listed, order=order), known)
 
             yield row(
                 f"attend, {name}", shape, median_ms(attend), base, **measured(result.measures),
@@ -213,6 +214,20 @@ def wan() -> Iterator[Row]:
         for density in DENSITIES:
             yield filtered("planned top_k", shape, base, qkv, control(density), rule="top_k")
             yield filtered("planned", shape, base, qkv, threshold_for(qkv, density))
+
+
+def int8() -> Iterator[Row]:
+    """The whole planned filter with exact scores and with scores in 8 bits."""
+    for heads, length in ((24, 32256), (24, 16384), (12, 16384), (3, 16384)):
+        qkv = inputs(heads, length)
+        shape = f"{heads} x {length} x {HEAD_DIM}"
+        base, found = anchors(shape, *qkv)
+        yield from found
+        for density in INT8_DENSITIES:
+            numbers = threshold_for(qkv, density)
+            for scores in c.SCORES:
+                name = f"planned, {scores} scores"
+                yield filtered(name, shape, base, qkv, numbers, scores=scores)
 
 
 def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -376,6 +391,7 @@ SECTIONS = {
     "cold_start": cold_start,
     "parts": parts,
     "wan": wan,
+    "int8": int8,
     "order": order,
     "learned": learned,
     "break_even": break_even,

@@ -6,7 +6,7 @@ All engines have the same lists, and take turns with each other and with the den
 cuDNN, FlashAttention-2 and, where it is installed, FlashAttention-4. "uneven" lists have between 1
 and half of all tiles. Lists of 128 keys are of pairs of tiles, which FlashAttention-4 takes as its
 own tiles. Beside each time is the largest error against float64 on the same tiles, of two query
-tiles.
+tiles. The time of "hopper-int8" includes making q and k 8 bits, which is beside it alone too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from measure import (
     error,
     inputs,
     list_engines,
+    median_ms,
     medians_by_turns,
     over_lists,
     version,
@@ -33,11 +34,15 @@ from measure import (
 from torch import Tensor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels.centroids import centroids
+from cef_compile.kernels.eight_bits import eight_bits
 from cef_compile.kernels.lists import Lists
+from cef_compile.kernels.ranks import variance_factor
 
 SHAPES = ((24, 32256, 128), (24, 16384, 128), (24, 32256, 64), (24, 32256, 96))
 DENSITIES = (1.0, 0.4, 0.18)
 UNEVEN = "uneven"
+INT8 = "hopper-int8"
 TILES = (c.BLOCK_N, 2 * c.BLOCK_N)
 """Keys of what is listed."""
 
@@ -94,6 +99,9 @@ def rows() -> Iterator[Row]:
     """A row for each dense attention and each engine, by shape and density."""
     for heads, length, dim in SHAPES:
         q, k, v = inputs(heads, length, dim)
+        scale = dim**-0.5
+        known = centroids(k, variance_factor=variance_factor(scale))
+        rounding = partial(eight_bits, q, k, known.stats, known.count, scale=scale, key_mask=None)
         for density in (*DENSITIES, UNEVEN):
             given = {keys: lists(heads, length, density, keys) for keys in TILES}
             calls: dict[tuple[str, int | None], Callable[[], Tensor]] = {
@@ -102,8 +110,9 @@ def rows() -> Iterator[Row]:
             for keys, listed in given.items():
                 for name in list_engines(q, dim):
                     by = fa4(q, k, v, listed, keys) if name == "fa4" else None
-                    calls[name, keys] = by or partial(over_lists, name, q, k, v, listed)
+                    calls[name, keys] = by or partial(over_lists, name, q, k, v, listed, known)
             times = medians_by_turns(calls)
+            rounding_ms = round(median_ms(rounding), 3) if (INT8, TILES[0]) in calls else None
             for (name, keys), ms in times.items():
                 tiles = () if keys is None else (given[keys].index, given[keys].count[0])
                 yield {
@@ -114,6 +123,7 @@ def rows() -> Iterator[Row]:
                     "ms": round(ms, 3),
                     "speed": round(times["cuDNN", None] / ms, 2),
                     "error": error(q, k, v, calls[name, keys](), *tiles),
+                    **({"rounding_ms": rounding_ms} if name == INT8 else {}),
                     **version(name),
                 }
 

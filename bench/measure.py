@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
+from cef_compile.kernels.centroids import Centroids
 from cef_compile.kernels.engines import LIST_ENGINES, ONLINE_ENGINES, Call, lacks
 from cef_compile.kernels.lists import Lists
 from cef_compile.kernels.order import Layout, token_order
@@ -117,7 +118,7 @@ def version(name: str) -> Row:
 
 def list_engines(q: Tensor, dim: int) -> list[str]:
     """Engines that are there for attention over lists with a head_dim, on the device of ``q``."""
-    call = Call(launch._architecture(q.device), q.dtype, dim, dim)
+    call = Call(launch._architecture(q.device), q.dtype, dim, dim, scores="int8")
     return [name for name in LIST_ENGINES if not lacks(name, call)]
 
 
@@ -127,11 +128,13 @@ def online_engines(q: Tensor, dim: int, *, bound: bool) -> list[str]:
     return [name for name in ONLINE_ENGINES if not lacks(name, call)]
 
 
-def over_lists(engine: str, q: Tensor, k: Tensor, v: Tensor, listed: Lists) -> Tensor:
-    """Attention over lists by an engine."""
+def over_lists(
+    engine: str, q: Tensor, k: Tensor, v: Tensor, listed: Lists, known: Centroids
+) -> Tensor:
+    """Attention over lists by an engine; q and k are made 8 bits where that is part of it."""
     fresh = replace(listed, queue=torch.zeros_like(listed.queue))
     return launch._attend(
-        engine, q, k, v, fresh, None, launch._tuning(q, v),
+        engine, q, k, v, fresh, known, launch._tuning(q, v),
         scale=q.shape[3] ** -0.5, key_mask=None, tokens=None,
     )[0]  # fmt: skip
 

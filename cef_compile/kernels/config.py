@@ -92,9 +92,9 @@ MEASURE_ENGINE: Final = 8
 """measures[8]: what computed the call, an index into ``ENGINES``; NaN where it was dense."""
 MEASURE_SIZE: Final = 9
 
-ENGINES: Final = ("reference", "triton", "hopper", "fa4")
-"""PyTorch, the Triton kernels, and those that replace the attention over lists: the Gluon kernel
-and FlashAttention-4."""
+ENGINES: Final = ("reference", "triton", "hopper", "fa4", "hopper-int8")
+"""PyTorch, the Triton kernels, and those that replace the attention over lists: the Gluon kernel,
+FlashAttention-4, and the Gluon kernel with scores in 8 bits."""
 
 AUDIT_FRACTION: Final = 0.005
 """Share of the query tiles whose exact attention an audit computes: its share of dense work."""
@@ -110,6 +110,8 @@ AUDIT_LEAST_TILES: Final = 2
 AUDIT_DRAW_BITS: Final = 16
 """Resolution of a draw: finer than any part has tiles, and small enough for 64-bit products."""
 
+SCORES: Final = ("exact", "int8")
+"""What the scores of kept tiles may be: of q and k as they are, or of both in 8 bits."""
 PLANNED_RULES: Final = ("threshold", "top_k", "top_p")
 ONLINE_RULES: Final = ("share", "lse", "max")
 CERTIFICATES: Final = ("none", "mean", "row")

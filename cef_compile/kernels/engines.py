@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-LIST_ENGINES: Final = ("triton", "hopper", "fa4")
+LIST_ENGINES: Final = ("triton", "hopper", "hopper-int8", "fa4")
 """Of the attention over the lists of the planned filter."""
 ONLINE_ENGINES: Final = ("triton", "hopper")
 """Of the online filter."""
@@ -19,6 +19,8 @@ _HEAD_DIMS: Final = (64, 128)
 """Of k and v alike."""
 _HOPPER_LIST_DIMS: Final = range(8, 129, 8)
 """Of k and v each, for the hopper engine over lists."""
+_INT8_HEAD_DIM: Final = 128
+"""Of k, for scores in 8 bits: they were measured with this one."""
 _DTYPES: Final = (torch.bfloat16, torch.float16)
 
 
@@ -35,6 +37,7 @@ class Call:
         compensate: dropped tiles are put back as pseudo-tokens.
         online: it is the online filter's, not one over lists.
         bound: tiles are judged by bounds of their energy.
+        scores: one of ``SCORES``, what is allowed.
     """
 
     architecture: int
@@ -47,16 +50,18 @@ class Call:
     compensate: bool = False
     online: bool = False
     bound: bool = False
+    scores: str = "exact"
 
 
 def find_engine(call: Call, wanted: str | None = None) -> str:
-    """The engine for a call: "hopper" where it fits and "triton" elsewhere, or the wanted one.
+    """The wanted engine, or the first of "hopper-int8", "hopper" and "triton" that fits a call.
 
     Raises:
         ValueError: the wanted engine does not exist, or cannot compute this call.
     """
     if wanted is None:
-        return "triton" if lacks("hopper", call) else "hopper"
+        fitting = (name for name in ("hopper-int8", "hopper") if not lacks(name, call))
+        return next(fitting, "triton")
     among = ONLINE_ENGINES if call.online else LIST_ENGINES
     if wanted not in among:
         raise ValueError(f"engine must be one of {among} or None, not {wanted!r}")
@@ -70,6 +75,14 @@ def lacks(engine: str, call: Call) -> str:
     """What keeps an engine from a call; empty where nothing does."""
     if engine == "triton":
         return ""
+    if engine == "hopper-int8":
+        if call.scores != "int8":
+            return f"scores={call.scores!r}"
+        if call.online:
+            return "the filter is online"
+        if call.dim != _INT8_HEAD_DIM:
+            return f"head_dim {call.dim}, not {_INT8_HEAD_DIM}"
+        return lacks("hopper", call)
     if call.dtype not in _DTYPES:
         return f"dtype {call.dtype}"
     if call.compensate:

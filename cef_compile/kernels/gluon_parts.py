@@ -22,20 +22,35 @@ def tile_block(channels: int) -> list[int]:
     return [1, 1, c.BLOCK_N, channels]
 
 
-def block_layout(block: list[int]) -> gl.NVMMASharedLayout:
-    """How TMA lays a block of 16-bit numbers into shared memory."""
-    return gl.NVMMASharedLayout(128, 16, len(block))
+def line(x: Tensor) -> int:
+    """Channels of a tensor that fill a swizzled row of shared memory."""
+    return 2 * SWIZZLE.value // x.element_size()
+
+
+def block_layout(block: list[int], bits: int = 16) -> gl.NVMMASharedLayout:
+    """How TMA lays a block of numbers of so many bits into shared memory."""
+    return gl.NVMMASharedLayout(128, bits, len(block))
 
 
 def describe(x: Tensor, block: list[int]) -> TensorDescriptor:
     """Descriptor of blocks of a tensor of four dimensions, zeros beyond its edges."""
-    return TensorDescriptor(x, list(x.shape), strides(x), block, block_layout(block))
+    layout = block_layout(block, 8 * x.element_size())
+    return TensorDescriptor(x, list(x.shape), strides(x), block, layout)
 
 
 @gluon.constexpr_function
-def whole_lines(width, warps):
-    """Layout of 16-bit rows in which threads side by side access memory side by side."""
-    return gl.BlockedLayout([1, 8], [256 // width, width // 8], [warps, 1], [1, 0])
+def whole_lines(width, warps, bits=16):
+    """Layout of rows in which threads side by side access memory side by side, 16 bytes each."""
+    own = 128 // bits
+    return gl.BlockedLayout([1, own], [32 * own // width, width // own], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def part_sums(weight):
+    """Sums ``[ROWS, 4]`` over what each thread holds of a row: adding them up can wait."""
+    ROWS: gl.constexpr = weight.shape[0]
+    KEYS: gl.constexpr = weight.shape[1]
+    return gl.sum(gl.sum(gl.reshape(weight, [ROWS, KEYS // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit

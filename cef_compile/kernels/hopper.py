@@ -25,7 +25,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels.gluon_parts import SWIZZLE, describe, rows_at, tile_block, whole_lines
+from cef_compile.kernels.gluon_parts import (
+    SWIZZLE,
+    describe,
+    line,
+    part_sums,
+    rows_at,
+    tile_block,
+    whole_lines,
+)
+from cef_compile.kernels.int8_scores import as_numbers, int8_scores, int8_softmax_step
 from cef_compile.kernels.products import (
     add_values,
     main_part,
@@ -44,6 +53,8 @@ _GROUPS = gl.constexpr(2)
 
 _STAGES: Final = 3
 """Steps of k and v that shared memory holds: with head_dim 128 no more fit."""
+_INT8_STAGES: Final = 4
+"""The same where keys have 8 bits."""
 OPTIONS: Final = {"num_warps": 4, "maxnreg": 168}
 """Warps of a group that computes, and registers of a thread when the program starts: three times 4
 warps share 65,536."""
@@ -64,16 +75,20 @@ def attend(
     scale: float,
     key_mask: Tensor | None = None,
     tokens: Tensor | None = None,
+    int8: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query tile over the key tiles of its list.
 
     Args:
         q: ``[B, H, q_len, D]``, any strides; k ``[B, Hk, kv_len, D]``, v ``[B, Hk, kv_len, Dv]``,
             strides that TMA takes; bf16 or fp16; ``D`` and ``Dv`` multiples of 8 up to 128.
+            With ``int8`` q and k are int8, and ``D`` is 128.
         index, count, order, queue: of :class:`~cef_compile.kernels.lists.Lists`.
         scale: factor of the scores.
         key_mask: bool ``[B or 1, kv_len]``, any strides.
         tokens: int32 ``[length]``, a token order: as for the Triton kernel.
+        int8: ``row_scale``, ``row_shift`` and ``key_scale`` of q and k in 8 bits, all contiguous:
+            see :class:`~cef_compile.kernels.eight_bits.EightBits`.
 
     Returns:
         out ``[B, H, q_len, Dv]`` in (B, q_len, H, Dv) memory order, and lse float32
@@ -83,15 +98,15 @@ def attend(
     _, key_heads, kv_len, value_dim = v.shape
     positions = q_len if tokens is None else len(tokens)
     n_m, n_n = c.tiles(positions, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
-    out = q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
+    out = v.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if not lse.numel():
         return out, lse
     total = batch * heads * n_m
     _attend[(min(total, _multiprocessors(q.device)),)](
         q,
-        describe(k, tile_block(SWIZZLE.value)),
-        describe(v, tile_block(SWIZZLE.value)),
+        describe(k, tile_block(line(k))),
+        describe(v, tile_block(line(v))),
         q if key_mask is None else key_mask,
         index if tokens is None else tokens,
         index,
@@ -112,22 +127,32 @@ def attend(
         *q.stride(),
         *out.stride()[:3],
         *c.mask_strides(key_mask),
-        **constants(head_dim, value_dim, masked=key_mask is not None, ordered=tokens is not None),
+        *(int8 or (None, None, None)),
+        **constants(
+            head_dim,
+            value_dim,
+            masked=key_mask is not None,
+            ordered=tokens is not None,
+            int8=int8 is not None,
+        ),
         **OPTIONS,
     )
     return out, lse
 
 
-def constants(head_dim: int, value_dim: int, *, masked: bool, ordered: bool) -> dict[str, object]:
+def constants(
+    head_dim: int, value_dim: int, *, masked: bool, ordered: bool, int8: bool = False
+) -> dict[str, object]:
     """What the kernel is compiled for."""
     return {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
         "BLOCK_M": c.BLOCK_M,
         "BLOCK_N": c.BLOCK_N,
-        "STAGES": _STAGES,
+        "STAGES": _INT8_STAGES if int8 else _STAGES,
         "HAS_MASK": masked,
         "ORDERED": ordered,
+        "INT8": int8,
         "CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
@@ -158,14 +183,15 @@ def _copy(
     WIDTH: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Two tiles of k or v into the memory of a step, once that is free."""
-    PARTS: gl.constexpr = WIDTH // SWIZZLE
+    CHANNELS: gl.constexpr = desc.block_type.shape[3]
+    PARTS: gl.constexpr = WIDTH // CHANNELS
     mbarrier.wait(empty.index(stage), free)
-    mbarrier.expect(full.index(stage), _PAIR * BLOCK_N * WIDTH * 2)
+    mbarrier.expect(full.index(stage), _PAIR * BLOCK_N * PARTS * 2 * SWIZZLE)
     for part in gl.static_range(PARTS):
         for i in gl.static_range(_PAIR):
             tma.async_copy_global_to_shared(
                 desc,
-                [batch, key_head, keys[i], part * SWIZZLE],
+                [batch, key_head, keys[i], part * CHANNELS],
                 full.index(stage),
                 tiles.index((stage * PARTS + part) * _PAIR + i),
             )
@@ -252,14 +278,6 @@ def _blank(
 
 
 @gluon.jit
-def _part_sums(weight):
-    """Sums ``[ROWS, 4]`` over what each thread holds of a row: adding them up can wait."""
-    ROWS: gl.constexpr = weight.shape[0]
-    KEYS: gl.constexpr = weight.shape[1]
-    return gl.sum(gl.sum(gl.reshape(weight, [ROWS, KEYS // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
 def _softmax_step(score, top, total, scale2):
     """Weights of a score tile against the new row maximum, and what the past shrinks by."""
     new_top = gl.maximum(top, gl.max(score, 1) * scale2)
@@ -267,7 +285,7 @@ def _softmax_step(score, top, total, scale2):
     anchor = gl.where(new_top == float("-inf"), 0.0, new_top)
     weight = gl.exp2(score * scale2 - gl.expand_dims(anchor, 1))
     shrink = gl.exp2(top - anchor)
-    sums = _part_sums(weight)
+    sums = part_sums(weight)
     layout: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
     total = total * gl.expand_dims(gl.convert_layout(shrink, layout), 1) + sums
     return weight, shrink, new_top, total
@@ -306,19 +324,23 @@ def _load_rows(
 
 @gluon.jit
 def _consume(
-    rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
-    query, output, lse, scale,
+    q_rows, rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
+    query, eight, output, lse, scale,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_MASK: gl.constexpr, ORDERED: gl.constexpr,
+    INT8: gl.constexpr,
 ):  # fmt: skip
     """Four warps: attention of half of each query tile over its listed tiles."""
     k_full, k_empty, v_full, v_empty, slot_full, slot_empty, blanked = bars
     index, count, order = lists
-    n_m, n_n, heads, _group, total_tiles, q_len, positions, kv_len = sizes
+    n_m, n_n, heads, heads_per_key_head, total_tiles, q_len, positions, kv_len = sizes
     out, out_b, out_h, out_l = output
     ROWS: gl.constexpr = BLOCK_M // _GROUPS
     KEYS: gl.constexpr = _PAIR * BLOCK_N
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    Q_BITS: gl.constexpr = q_rows.dtype.primitive_bitwidth
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [4, 1], [16, KEYS, 256 // Q_BITS]
+    )
     MAIN: gl.constexpr = main_part(VALUE_DIM)
     REST: gl.constexpr = rest_part(VALUE_DIM)
     VALUE_WIDTH: gl.constexpr = _width(VALUE_DIM)
@@ -326,13 +348,14 @@ def _consume(
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
     key_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
-    q_layout: gl.constexpr = whole_lines(_width(HEAD_DIM), 4)
+    q_layout: gl.constexpr = whole_lines(_width(HEAD_DIM), 4, Q_BITS)
     value_layout: gl.constexpr = whole_lines(VALUE_WIDTH, 4)
     one_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    dtype: gl.constexpr = k_steps.dtype
+    dtype: gl.constexpr = v_steps.dtype
 
+    # Rows of q lie where those of the output will.
+    q_rows = q_rows.index(GROUP * (16 // Q_BITS)).slice(0, _width(HEAD_DIM), 1)
     rows = rows.index(GROUP)
-    q_rows = rows.slice(0, _width(HEAD_DIM), 1)
     out_rows = rows.slice(0, VALUE_WIDTH, 1)
     scale2 = scale * _LOG2E
     score = gl.zeros([ROWS, KEYS], gl.float32, score_layout)
@@ -349,8 +372,26 @@ def _consume(
         listed = gl.load(count + row)
         whole = gl.load(count + total_tiles + row) // _PAIR * _PAIR
         here = index + row * n_n
+        if INT8:
+            row_scales, row_shifts, key_scales = eight
+            at, real = rows_at(
+                tile * BLOCK_M + GROUP * ROWS, tokens, positions, ROWS, ORDERED, row_layout
+            )
+            own_head = (batch * heads + head).to(gl.int64) * q_len
+            row_scale = gl.load(row_scales + own_head + at, mask=real, other=0.0) * scale2
+            key_head = (batch * heads + head) // heads_per_key_head
+            key_scales += key_head.to(gl.int64) * n_n
+            # Scales of the tiles of a step, and the numbers of those of the next.
+            last = gl.maximum(listed - 1, 0)
+            some = listed > 0
+            one = gl.load(here, mask=some, other=0).to(gl.int32)
+            two = gl.load(here + gl.minimum(1, last), mask=some, other=0).to(gl.int32)
+            one_scale = gl.load(key_scales + one)
+            two_scale = gl.load(key_scales + two)
+            one = gl.load(here + gl.minimum(2, last), mask=some, other=0).to(gl.int32)
+            two = gl.load(here + gl.minimum(3, last), mask=some, other=0).to(gl.int32)
         top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-        total = _part_sums(gl.zeros([ROWS, KEYS], gl.float32, score_layout))
+        total = part_sums(gl.zeros([ROWS, KEYS], gl.float32, score_layout))
         accs = no_values(ROWS, VALUE_DIM)
         weight = gl.zeros([ROWS, KEYS], dtype, weight_layout)
         stage = step % STAGES
@@ -358,15 +399,23 @@ def _consume(
         if listed > 0:
             mbarrier.wait(k_full.index(stage), phase)
             keys = k_steps.index(stage).permute((1, 0))
-            score = scores(q_rows, keys, score, HEAD_DIM)
-            score = warpgroup_mma_wait(0, deps=(score,))
+            if INT8:
+                summed = int8_scores(q_rows, keys, score)
+            else:
+                summed = scores(q_rows, keys, score, HEAD_DIM)
+            score = as_numbers(warpgroup_mma_wait(0, deps=(summed,)))
             mbarrier.arrive(k_empty.index(stage), count=1)
             if whole == 0:
                 seen = _seen(
                     0, listed, here, batch, mask, kv_len, KEYS, BLOCK_N, HAS_MASK, key_layout
                 )
                 score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
-            exact, _shrink, top, total = _softmax_step(score, top, total, scale2)
+            if INT8:
+                exact, _shrink, top, total = int8_softmax_step(
+                    score, top, total, row_scale, one_scale, two_scale
+                )
+            else:
+                exact, _shrink, top, total = _softmax_step(score, top, total, scale2)
             weight = gl.convert_layout(exact.to(dtype), weight_layout)
             step += 1
             after = step % STAGES
@@ -379,7 +428,14 @@ def _consume(
                 stage = after
                 phase = after_phase
                 keys = k_steps.index(stage).permute((1, 0))
-                score = scores(q_rows, keys, score, HEAD_DIM)
+                if INT8:
+                    summed = int8_scores(q_rows, keys, score)
+                    one_scale = gl.load(key_scales + one)
+                    two_scale = gl.load(key_scales + two)
+                    one = gl.load(here + gl.minimum(first + 2, last)).to(gl.int32)
+                    two = gl.load(here + gl.minimum(first + 3, last)).to(gl.int32)
+                else:
+                    summed = scores(q_rows, keys, score, HEAD_DIM)
                 mbarrier.wait(v_full.index(before), before_phase)
                 if HAS_MASK:
                     if first > whole:
@@ -389,22 +445,18 @@ def _consume(
                         )  # fmt: skip
                         blanks += 1
                 accs = add_values(accs, weight, v_steps.index(before))
-                score = warpgroup_mma_wait(len(accs), deps=(score,))
+                score = as_numbers(warpgroup_mma_wait(len(accs), deps=(summed,)))
                 if first >= whole:
                     seen = _seen(
-                        first,
-                        listed,
-                        here,
-                        batch,
-                        mask,
-                        kv_len,
-                        KEYS,
-                        BLOCK_N,
-                        HAS_MASK,
-                        key_layout,
-                    )
+                        first, listed, here, batch, mask, kv_len, KEYS, BLOCK_N, HAS_MASK, key_layout
+                    )  # fmt: skip
                     score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
-                exact, shrink, top, total = _softmax_step(score, top, total, scale2)
+                if INT8:
+                    exact, shrink, top, total = int8_softmax_step(
+                        score, top, total, row_scale, one_scale, two_scale
+                    )
+                else:
+                    exact, shrink, top, total = _softmax_step(score, top, total, scale2)
                 fresh = exact.to(dtype)
                 # The next keys are awaited here, and the fresh weights go through the wait below,
                 # for what it keeps the assembler from: moving the exponentials behind that wait,
@@ -448,6 +500,8 @@ def _consume(
         own = tile * BLOCK_M + GROUP * ROWS
         at, real = rows_at(own, tokens, positions, ROWS, ORDERED, row_layout)
         log_energy = (top + gl.log2(row_total)) * _LN2
+        if INT8:
+            log_energy += gl.load(row_shifts + own_head + at, mask=real, other=0.0)
         gl.store(lse + (batch * heads + head).to(gl.int64) * q_len + at, log_energy, mask=real)
         means = times(accs, 1.0 / gl.where(row_total == 0, 1.0, row_total))
         # Through the memory of the rows, so that whole lines are written.
@@ -483,29 +537,37 @@ def _consume(
 def _attend(
     q, k_desc, v_desc, key_mask, tokens, index, count, order, queue, out, lse,
     q_len, positions, kv_len, n_m, n_n, heads, heads_per_key_head, total_tiles, scale,
-    q_b, q_h, q_l, q_d, out_b, out_h, out_l, mask_b, mask_l,
+    q_b, q_h, q_l, q_d, out_b, out_h, out_l, mask_b, mask_l, row_scale, row_shift, key_scale,
     HEAD_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HAS_MASK: gl.constexpr, ORDERED: gl.constexpr,
+    STAGES: gl.constexpr, HAS_MASK: gl.constexpr, ORDERED: gl.constexpr, INT8: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program per multiprocessor: memory and barriers, then three groups of warps."""
-    dtype: gl.constexpr = k_desc.dtype
+    dtype: gl.constexpr = v_desc.dtype
+    k_type: gl.constexpr = k_desc.dtype
     KEYS: gl.constexpr = _PAIR * BLOCK_N
     K_WIDTH: gl.constexpr = _width(HEAD_DIM)
     V_WIDTH: gl.constexpr = _width(VALUE_DIM)
+    BITS: gl.constexpr = k_type.primitive_bitwidth
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    k_layout: gl.constexpr = gl.NVMMASharedLayout(128, BITS, 2)
     one: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     rows = gl.allocate_shared_memory(
         dtype, [_GROUPS, BLOCK_M // _GROUPS, max(K_WIDTH, V_WIDTH)], layout
     )
-    k_steps = gl.allocate_shared_memory(dtype, [STAGES, KEYS, K_WIDTH], layout)
+    q_rows = rows
+    if INT8:
+        q_rows = rows._reinterpret(k_type, [2 * _GROUPS, BLOCK_M // _GROUPS, K_WIDTH], k_layout)
+    k_steps = gl.allocate_shared_memory(k_type, [STAGES, KEYS, K_WIDTH], k_layout)
     v_steps = gl.allocate_shared_memory(dtype, [STAGES, KEYS, V_WIDTH], layout)
-    # The same memory as TMA fills it: for each 64 channels one tile of keys after the other.
-    K_COPIES: gl.constexpr = STAGES * _PAIR * K_WIDTH // SWIZZLE
-    V_COPIES: gl.constexpr = STAGES * _PAIR * V_WIDTH // SWIZZLE
-    k_tiles = k_steps._reinterpret(dtype, [K_COPIES, 1, 1, BLOCK_N, SWIZZLE], k_desc.layout)
-    v_tiles = v_steps._reinterpret(dtype, [V_COPIES, 1, 1, BLOCK_N, SWIZZLE], v_desc.layout)
+    # The same memory as TMA fills it: for each row of 128 bytes one tile of keys after the other.
+    K_CHANNELS: gl.constexpr = k_desc.block_type.shape[3]
+    V_CHANNELS: gl.constexpr = v_desc.block_type.shape[3]
+    K_COPIES: gl.constexpr = STAGES * _PAIR * K_WIDTH // K_CHANNELS
+    V_COPIES: gl.constexpr = STAGES * _PAIR * V_WIDTH // V_CHANNELS
+    k_tiles = k_steps._reinterpret(k_type, [K_COPIES, 1, 1, BLOCK_N, K_CHANNELS], k_desc.layout)
+    v_tiles = v_steps._reinterpret(dtype, [V_COPIES, 1, 1, BLOCK_N, V_CHANNELS], v_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -529,18 +591,19 @@ def _attend(
     sizes = (n_m, n_n, heads, heads_per_key_head, total_tiles, q_len, positions, kv_len)
     mask = (key_mask, mask_b, mask_l)
     query = (q, q_b, q_h, q_l, q_d)
+    eight = (row_scale, row_shift, key_scale) if INT8 else ()
     output = (out, out_b, out_h, out_l)
     gl.warp_specialize(
         [
             (_consume, (
-                rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
-                query, output, lse, scale,
-                0, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK, ORDERED,
+                q_rows, rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
+                query, eight, output, lse, scale,
+                0, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK, ORDERED, INT8,
             )),
             (_consume, (
-                rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
-                query, output, lse, scale,
-                1, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK, ORDERED,
+                q_rows, rows, k_steps, v_steps, bars, lists, sizes, slots, mask, tokens,
+                query, eight, output, lse, scale,
+                1, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, STAGES, HAS_MASK, ORDERED, INT8,
             )),
             (_produce, (
                 k_desc, v_desc, k_tiles, v_tiles, bars, lists, sizes, queue, slots,

@@ -22,6 +22,7 @@ from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
 from cef_compile.kernels.centroids import Centroids, arrange, centroids, in_order
 from cef_compile.kernels.descriptor import can_describe
+from cef_compile.kernels.eight_bits import eight_bits
 from cef_compile.kernels.engines import Call, find_engine
 from cef_compile.kernels.lists import Lists, heads_together, lists
 from cef_compile.kernels.order import Layout
@@ -110,6 +111,7 @@ def planned(
     compensate: bool = False,
     audited: bool = False,
     layout: Layout | None = None,
+    scores: str = "exact",
     engine: str | None = None,
 ) -> Output:
     """Filter by a plan made from tile centroids, then attend to the listed tiles.
@@ -126,6 +128,7 @@ def planned(
         audited: measure achieved recall and error on a sample of query tiles.
         layout: cut tiles in the order of these tokens, exact ones apart and always kept; None for
             the order in which they come. It takes a copy of k and v.
+        scores: one of ``SCORES``; "int8" allows the engine "hopper-int8".
         engine: one of ``LIST_ENGINES`` for the attention over the lists; None for the fastest that
             can compute the call and is part of this package.
 
@@ -135,6 +138,8 @@ def planned(
     _check(q, k, v, control, scale, key_mask)
     if rule not in c.PLANNED_RULES:
         raise ValueError(f"rule must be one of {c.PLANNED_RULES}, not {rule!r}")
+    if scores not in c.SCORES:
+        raise ValueError(f"scores must be one of {c.SCORES}, not {scores!r}")
     tuning = _tuning(q, v)
     tiled_k, tiled_v, tiled_mask, tokens, exact_tiles = k, v, key_mask, None, None
     if layout is None:
@@ -147,7 +152,9 @@ def planned(
         with _beside(v.device):
             in_order(v, tokens, tiled_v)
     partial = tiled_mask is not None or tiled_k.shape[2] % c.BLOCK_N != 0
-    engine = _engine(engine, q, tiled_k, tiled_v, tiled_mask, tokens, compensate=compensate)
+    engine = _engine(
+        engine, q, tiled_k, tiled_v, tiled_mask, tokens, compensate=compensate, scores=scores
+    )
     ranked = _rank(
         engine,
         q,
@@ -179,11 +186,12 @@ def planned(
         tiled_k,
         tiled_v,
         listed,
-        cents if compensate else None,
+        cents,
         tuning,
         scale=scale,
         key_mask=tiled_mask,
         tokens=tokens,
+        compensate=compensate,
     )
     if audited:
         _audit(q, k, v, out, lse, control, measures, tuning, scale, key_mask)
@@ -201,6 +209,7 @@ def _engine(
     compensate: bool = False,
     online: bool = False,
     bound: bool = False,
+    scores: str = "exact",
 ) -> str:
     """The engine of a call, k and v being what it reads."""
     call = Call(
@@ -214,6 +223,7 @@ def _engine(
         compensate=compensate,
         online=online,
         bound=bound,
+        scores=scores,
     )
     return find_engine(call, wanted)
 
@@ -237,7 +247,7 @@ def _rank(
         warps=tuning.plan_warps,
         stages=tuning.plan_stages,
     )
-    if engine == "hopper":
+    if engine in ("hopper", "hopper-int8"):
         from cef_compile.kernels import hopper_plan
 
         if hopper_plan.takes(q.shape[3], known.count.shape[1]):
@@ -260,17 +270,23 @@ def _attend(
     k: Tensor,
     v: Tensor,
     listed: Lists,
-    put_back: Centroids | None,
+    known: Centroids,
     tuning: Tuning,
     *,
     scale: float,
     key_mask: Tensor | None,
     tokens: Tensor | None,
+    compensate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the lists by one of ``LIST_ENGINES``; only the one that runs is imported."""
-    if engine == "hopper":
+    if engine in ("hopper", "hopper-int8"):
         from cef_compile.kernels import hopper
 
+        int8 = None
+        if engine == "hopper-int8":
+            eight = eight_bits(q, k, known.stats, known.count, scale=scale, key_mask=key_mask)
+            q, k = eight.q, eight.k
+            int8 = (eight.row_scale, eight.row_shift, eight.key_scale)
         return hopper.attend(
             q,
             k,
@@ -282,11 +298,13 @@ def _attend(
             scale=scale,
             key_mask=key_mask,
             tokens=tokens,
+            int8=int8,
         )
     if engine == "fa4":
         from cef_compile.kernels import fa4
 
         return fa4.attend(q, k, v, listed.index, listed.count, scale=scale)
+    put_back = known if compensate else None
     return attend(
         q,
         k,

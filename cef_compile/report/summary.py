@@ -30,8 +30,8 @@ class ReportedNode:
         decision: "filtered" or "dense".
         filter, rule, certify: how it is filtered; empty if dense.
         bound: whether its ledger holds bounds, so that ``estimated_recall`` is a lower bound.
-        engine: what computed the last filtered call: "reference", "triton", "hopper" or "fa4";
-            empty before one, "sdpa" if dense.
+        engine: what computed the last filtered call: "reference", "triton", "hopper", "hopper-int8"
+            or "fa4"; empty before one, "sdpa" if dense.
         recall: wanted recall; None if dense. Of a group's nodes it is the mean that counts.
         group: name of the group that shares a threshold; None if the node has its own.
         reason, detail: why it is dense; empty if filtered.

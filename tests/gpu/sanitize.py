@@ -34,6 +34,8 @@ def main() -> None:
             launch.planned(q, k, v, numbers, rule=rule, **options)
         for certify in c.CERTIFICATES:
             launch.online(q, k, v, numbers, certify=certify, **options)
+        if engine is None:  # scores in 8 bits, where there is an engine for them
+            launch.planned(q, k, v, numbers, scores="int8", **options)
         # A grid of 4 x 7 x 7 tokens with text after it, queries and keys alike.
         options["layout"] = Layout(0, 4, 7, 7, kv_len - 4 * 7 * 7)
         more = torch.randn(batch, heads, kv_len, dim, device="cuda").bfloat16()

@@ -1,6 +1,7 @@
 """Compiles a Gluon kernel for Hopper, which needs no GPU, and says what came out.
 
     python compile_hopper.py attend HEAD_DIM VALUE_DIM OTHER
+    python compile_hopper.py int8 VALUE_DIM OTHER
     python compile_hopper.py online HEAD_DIM OTHER
     python compile_hopper.py plan HEAD_DIM KEY_TILES OTHER
 
@@ -32,6 +33,7 @@ POINTERS = {
     "q": "bf16", "out": "bf16", "lse": "fp32", "index": "i16", "count": "i32", "order": "i32",
     "queue": "i32", "key_mask": "i1", "control": "fp32", "recall": "fp32", "kept": "i32",
     "sums": "i64", "bins": "u8", "energy": "fp32", "histogram": "i64",
+    "row_scale": "fp32", "row_shift": "fp32", "key_scale": "fp32",
 }  # fmt: skip
 ALIGNED = {*POINTERS, "q_b", "q_h", "q_l", "out_b", "out_h", "out_l"}
 Built = triton.compiler.CompiledKernel
@@ -40,7 +42,16 @@ Built = triton.compiler.CompiledKernel
 def attend(head_dim: int, value_dim: int, other: bool) -> Built:
     """The kernel as ``hopper.attend`` launches it."""
     given = hopper.constants(head_dim, value_dim, masked=other, ordered=other)
+    given |= {"row_scale": None, "row_shift": None, "key_scale": None}
     return build(hopper._attend, given, tiles_of(64), hopper.OPTIONS)
+
+
+def int8(value_dim: int, other: bool) -> Built:
+    """The same with scores in 8 bits."""
+    given = hopper.constants(128, value_dim, masked=other, ordered=other, int8=True)
+    blocks = {**tiles_of(64), "k_desc": tile_block(128)}
+    types = {"q": "i8", "k_desc": "i8"}
+    return build(hopper._attend, given, blocks, hopper.OPTIONS, types)
 
 
 def online(head_dim: int, other: bool) -> Built:
@@ -74,23 +85,29 @@ def tiles_of(width: int) -> dict[str, list[int]]:
 
 
 def build(
-    kernel: Any, given: dict[str, Any], blocks: dict[str, list[int]], options: dict[str, Any]
+    kernel: Any,
+    given: dict[str, Any],
+    blocks: dict[str, list[int]],
+    options: dict[str, Any],
+    types: dict[str, str] | None = None,
 ) -> Built:
     """A kernel for contiguous rows; of each descriptor the block it copies."""
+    pointers = {**POINTERS, **(types or {})}
     given = {**given, "q_d": 1, "mask_l": 1}
     signature, constants, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         if name in given:
             signature[name] = "constexpr"
             constants[at,] = given[name]
-        elif name in POINTERS:
-            signature[name] = f"*{POINTERS[name]}"
         elif name.endswith("_desc"):
-            block = blocks[name]
-            signature[name] = f"tensordesc<bf16{block},{block_layout(block)!r}>"
+            block, type_ = blocks[name], pointers.get(name, "bf16")
+            layout = block_layout(block, 8 if type_ == "i8" else 16)
+            signature[name] = f"tensordesc<{type_}{block},{layout!r}>"
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
         else:
             signature[name] = "fp32" if name in ("scale", "even") else "i32"
-        if name in ALIGNED:
+        if name in ALIGNED and name not in given:
             attributes[at,] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -120,14 +137,14 @@ def beside_products(code: list[str]) -> list[int]:
 
 def main() -> None:
     *dims, other = sys.argv[2:]
-    make = {"attend": attend, "online": online, "plan": plan}[sys.argv[1]]
+    make = {"attend": attend, "int8": int8, "online": online, "plan": plan}[sys.argv[1]]
     kernel = make(*map(int, dims), other == "True")
     code = machine_code(kernel)
     print(
         json.dumps(
             {
                 "shared": kernel.metadata.shared,
-                "products": sum("HGMMA" in line for line in code),
+                "products": sum("GMMA.64x" in line for line in code),
                 "copies": sum("UTMALDG" in line for line in code),
                 "spills": sum(line.startswith(("STL", "@P0 STL")) for line in code),
                 "beside": beside_products(code),

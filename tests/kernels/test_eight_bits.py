@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 
 import pytest
@@ -9,20 +10,26 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from kernel_cases import (
+    DEVICE,
     DTYPES,
     FEWER,
     LAYOUTS,
     MARKS,
     laid_out,
+    listed,
     on_cpu,
     on_device,
 )
-from support import Case, Inputs, cases, same_bits
+from order_cases import layout_cases, permuted
+from support import Case, Inputs, cases, control, same_bits, visible_tiles
+from torch import Tensor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels import launch
 from cef_compile.kernels import reference as ref
-from cef_compile.kernels.centroids import centroids
+from cef_compile.kernels.centroids import arrange, centroids
 from cef_compile.kernels.eight_bits import EightBits, eight_bits
+from cef_compile.kernels.order import Layout
 from cef_compile.kernels.ranks import variance_factor
 
 CASES = cases(
@@ -138,3 +145,220 @@ class TestKernels:
         found = of_kernels(x).key_scale.isnan()
         assert found.flatten(0, 1).all(-1).tolist() == [False, True, False, False]
         assert found.sum() == found.shape[-1]
+
+
+ON_HOPPER = cases(
+    q_len=st.sampled_from([1, 65, 128, 129, 300]),
+    kv_len=st.sampled_from([1, 64, 65, 128, 200, 257, 700]),
+    head_dim=st.just(128),
+    value_dim=st.sampled_from([128, 72]),
+)
+ORDERED = layout_cases(head_dim=128, value_dim=128)
+HALVES = st.sampled_from([torch.bfloat16, torch.float16])
+CONTROLS = st.one_of(
+    st.builds(control, st.sampled_from([0.3, 0.7, 0.9, 1.0])),
+    st.builds(control, log2=st.sampled_from([-12.0, -3.0, 0.0])),
+)
+
+
+def planned(x: Inputs, numbers: Tensor, engine: str | None, **options) -> launch.Output:
+    options = {"scores": "int8", "engine": engine} | x.options | options
+    return launch.planned(x.q, x.k, x.v, numbers.to(DEVICE), **options)
+
+
+def assert_attention(
+    x: Inputs, eight: ref.EightBits, kept: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    """Float64 attention to what the integers stand for, up to counted roundings.
+
+    Args:
+        x: inputs on the CPU, in the order of the tiles.
+        eight: what the kernels made of them.
+        kept: the lists.
+        out, lse: what the kernels returned.
+    """
+    wanted, exact = ref.attend_eight_bits(eight, x.v.double(), kept, x.scale, x.mask)
+    # A score less its maximum is one multiply-add of integers, 1.5 * 2^23 included: what is
+    # subtracted is rounded by 2^-24 of that, so 0.9 units; the scales of up to 2^21 units by 0.4;
+    # the result and the maxima that came before it by 0.5. In base 2; here in base e.
+    unit = x.scale * eight.row_scale.double() * eight.key_scale.double().amax()
+    off = 2 * unit
+    terms = EPS * (x.k.shape[2] + 8)
+    largest = x.v.nan_to_num(nan=0.0).double().abs().max()
+    # Weights and outputs are rounded to the dtype of v: each by half of its eps, or, where fp16 has
+    # no smaller numbers, by half of its least.
+    eps, least = torch.finfo(x.v.dtype).eps, torch.finfo(x.v.dtype).smallest_normal
+    rounding = eps * (1 + least * x.k.shape[2]) + terms
+    error = (out.double() - wanted).abs().amax(-1)
+    assert (error <= largest * (rounding + (2 * off).expm1())).all()
+    empty = exact == -torch.inf
+    assert (lse == -torch.inf).equal(empty)
+    wrong = (lse.double() - exact).masked_fill(empty, 0).abs()
+    size = exact.masked_fill(empty, 0).abs() + eight.row_shift.double().abs()
+    assert (wrong <= off + terms + 4 * EPS * size).all()
+
+
+def _engines() -> list[str]:
+    """The engine, where there is a GPU for it."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return ["hopper-int8"] if hopper else []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", _engines())
+class TestOnHopper:
+    @FEWER
+    @given(
+        case=ON_HOPPER,
+        numbers=CONTROLS,
+        dtype=HALVES,
+        layout=st.sampled_from(["bhsd", "bshd"]),
+        rule=st.sampled_from(c.PLANNED_RULES),
+    )
+    def test_output(
+        self, engine: str, case: Case, numbers: Tensor, dtype: torch.dtype, layout: str, rule: str
+    ) -> None:
+        x = laid_out(on_device(case.make(dtype)), layout)
+        got = planned(x, numbers, None, rule=rule)  # it is chosen where it is allowed
+        assert c.ENGINES[int(got.measures[c.MEASURE_ENGINE])] == engine
+        y = on_cpu(x)
+        kept = listed(got.index, got.count, visible_tiles(y).shape[1])
+        assert got.out.dtype == dtype
+        assert got.out.transpose(1, 2).is_contiguous()
+        assert_attention(y, of_reference(of_kernels(x)), kept, got.out.cpu(), got.lse.cpu())
+        again = planned(x, numbers, engine, rule=rule)  # a race would show as other bits
+        assert same_bits(got.out, again.out)
+        assert same_bits(got.lse, again.lse)
+
+    @FEWER
+    @given(drawn=ORDERED, dtype=HALVES, recall=st.sampled_from([0.8, 1.0]))
+    def test_token_order(
+        self, engine: str, drawn: tuple[Layout, Case], dtype: torch.dtype, recall: float
+    ) -> None:
+        layout, case = drawn
+        x = on_device(case.make(dtype))
+        got = planned(x, control(recall), engine, layout=layout)
+        tiled = arrange(x.k, x.v, x.mask, layout, variance_factor=variance_factor(x.scale))
+        known = tiled.centroids
+        eight = of_reference(
+            eight_bits(
+                x.q, tiled.k, known.stats, known.count, scale=x.scale, key_mask=tiled.key_mask
+            )
+        )
+        places = ref.Places.of(layout, torch.device("cpu"))
+        y = on_cpu(x)
+        mask = places.put_mask(y.k, y.mask)
+        y = y.replace(q=places.put(y.q), k=tiled.k.cpu(), v=tiled.v.cpu(), mask=mask)
+
+        def put(rows: Tensor) -> Tensor:
+            return places.put(rows[..., None])[..., 0]
+
+        moved = ref.EightBits(
+            places.put(eight.q), put(eight.row_scale), put(eight.row_shift), eight.k,
+            eight.key_scale,
+        )  # fmt: skip
+        n_n = c.tiles(layout.length, c.BLOCK_N)
+        kept = listed(got.index.cpu(), got.count.cpu(), n_n)
+        real = places.real
+        assert real is not None
+        out, lse = places.put(got.out.cpu()), put(got.lse.cpu())
+        # Places without a token have no row: they are given what they would have.
+        wanted, exact = ref.attend_eight_bits(moved, y.v.double(), kept, y.scale, y.mask)
+        out = torch.where(real[:, None], out, wanted.to(out.dtype))
+        lse = torch.where(real, lse, exact.to(lse.dtype))
+        assert_attention(y, moved, kept, out, lse)
+
+    @FEWER
+    @given(drawn=ORDERED, dtype=HALVES)
+    def test_is_the_filter_of_permuted_tokens(
+        self, engine: str, drawn: tuple[Layout, Case], dtype: torch.dtype
+    ) -> None:
+        """Without text: bit for bit what one gets by permuting q, k, v and mask from outside."""
+        layout, case = drawn
+        layout, x, moved, order = permuted(layout, case.make(dtype))
+        got = planned(on_device(x), control(0.8), engine, layout=layout)
+        wanted = planned(on_device(moved), control(0.8), engine)
+        assert same_bits(got.out.cpu()[:, :, order], wanted.out.cpu())
+        assert same_bits(got.lse.cpu()[:, :, order], wanted.lse.cpu())
+        assert torch.equal(got.count, wanted.count)
+
+    @FEWER
+    @given(case=ON_HOPPER, dtype=HALVES)
+    def test_hidden_keys_never_matter(self, engine: str, case: Case, dtype: torch.dtype) -> None:
+        x = on_device(case.make(dtype))
+        assume(x.mask is not None)
+        hidden = ~x.mask[:, None, :, None]
+        spoilt = x.replace(
+            k=x.k.masked_fill(hidden, torch.nan), v=x.v.masked_fill(hidden, torch.nan)
+        )
+        got, wanted = planned(spoilt, control(0.8), engine), planned(x, control(0.8), engine)
+        assert same_bits(got.out, wanted.out)
+        assert same_bits(got.lse, wanted.lse)
+
+    @FEWER
+    @given(case=ON_HOPPER, dtype=HALVES)
+    def test_nan_rows_keep_to_themselves(self, engine: str, case: Case, dtype: torch.dtype) -> None:
+        x = on_device(case.make(dtype))
+        x.q[0, 0, 0] = torch.nan
+        out = planned(x, control(0.5), engine).out.cpu()
+        spoilt = torch.zeros(out.shape[:3], dtype=torch.bool)
+        spoilt[0, 0, 0] = bool(visible_tiles(on_cpu(x))[0].any())
+        assert out.isnan().any(-1).equal(spoilt)
+
+    def test_more_query_tiles_than_programs(self, engine: str) -> None:
+        """Each program takes several, with lists of many lengths; the same plan as exact scores."""
+        case = Case(2, kv_heads=8, q_len=3000, kv_len=4100, head_dim=128, value_dim=128, seed=1)
+        x = on_device(case.make(torch.bfloat16))
+        got = planned(x, control(log2=-4.0), engine)
+        exact = launch.planned(x.q, x.k, x.v, control(log2=-4.0).to(DEVICE), **x.options)
+        assert torch.equal(got.count, exact.count)
+        y = on_cpu(x)
+        kept = listed(got.index.cpu(), got.count.cpu(), visible_tiles(y).shape[1])
+        assert_attention(y, of_reference(of_kernels(x)), kept, got.out.cpu(), got.lse.cpu())
+
+    def test_in_a_cuda_graph(self, engine: str) -> None:
+        case = Case(kv_heads=2, q_len=300, kv_len=700, head_dim=128, value_dim=128)
+        x = on_device(case.make(torch.bfloat16))
+        numbers = control(0.9).to(DEVICE)
+        planned(x, numbers, engine)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = planned(x, numbers, engine)
+        for recall in (0.5, 0.8):
+            numbers.copy_(control(recall))
+            graph.replay()
+            wanted = planned(x, numbers, engine)
+            assert same_bits(recorded.out, wanted.out)
+            assert same_bits(recorded.lse, wanted.lse)
+
+    @pytest.mark.parametrize(
+        ("options", "other"), [({"compensate": True}, "triton"), ({"dim": 64}, "hopper")]
+    )
+    def test_where_it_is_not_possible_scores_are_exact(
+        self, engine: str, options: dict[str, object], other: str
+    ) -> None:
+        options = dict(options)
+        dim = int(options.pop("dim", 128))
+        x = on_device(Case(head_dim=dim, value_dim=dim).make(torch.bfloat16))
+        numbers = control(0.8).to(DEVICE)
+        got = launch.planned(x.q, x.k, x.v, numbers, **x.options, scores="int8", **options)
+        wanted = launch.planned(x.q, x.k, x.v, numbers, **x.options, **options)
+        assert c.ENGINES[int(got.measures[c.MEASURE_ENGINE])] == other != engine
+        assert same_bits(got.out, wanted.out)
+        assert same_bits(got.measures, wanted.measures)
+
+
+@pytest.mark.parametrize("value", ["int4", "", None])
+def test_unknown_scores(value: str) -> None:
+    x = on_device(Case().make(torch.float16))
+    with pytest.raises(ValueError, match="scores must be one of"):
+        launch.planned(x.q, x.k, x.v, control().to(DEVICE), **x.options, scores=value)
+
+
+def test_sums_and_their_start_fit_a_float() -> None:
+    """Sums of 128 products stay in the mantissa of 1.5 * 2^23, where numbers are integers."""
+    most = 128 * c.INT8_LIMIT**2
+    bits = torch.tensor([0x4B400000], dtype=torch.int32)
+    for s in (-most, -1, 0, 1, most):
+        assert (bits + s).view(torch.float32).item() == 1.5 * 2**23 + s
+    assert math.log2(most) < 22

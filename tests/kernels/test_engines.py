@@ -48,6 +48,7 @@ CALLS = st.builds(
     compensate=st.booleans(),
     online=st.booleans(),
     bound=st.booleans(),
+    scores=st.sampled_from(c.SCORES),
 )
 
 
@@ -66,13 +67,16 @@ class TestChoice:
             and not call.compensate
             and not call.bound
         )
-        assert find_engine(call) == ("hopper" if fits else "triton")
+        eight = call.scores == "int8" and call.dim == 128 and not call.online
+        hopper = "hopper-int8" if eight else "hopper"
+        assert find_engine(call) == (hopper if fits else "triton")
         assert find_engine(call, "triton") == "triton"
         if fits:
             assert find_engine(call, "hopper") == "hopper"
         else:
             with pytest.raises(ValueError, match="engine 'hopper' cannot compute this call: "):
                 find_engine(call, "hopper")
+        assert bool(lacks("hopper-int8", call)) == (not (fits and eight))
 
     def test_wanted_engine_must_exist(self) -> None:
         with pytest.raises(ValueError, match="not 'cudnn'"):
@@ -94,6 +98,19 @@ class TestChoice:
     )
     def test_what_flash_attention_4_lacks(self, change: dict[str, object], why: str) -> None:
         assert why in lacks("fa4", replace(FITS, **change))
+
+    @pytest.mark.parametrize(
+        ("change", "why"),
+        [
+            ({"scores": "exact"}, "scores='exact'"),
+            ({"online": True}, "online"),
+            ({"dim": 64}, "head_dim 64, not 128"),
+            ({"architecture": 100}, "not a Hopper"),
+            ({"compensate": True}, "compensate"),
+        ],
+    )
+    def test_what_scores_in_8_bits_need(self, change: dict[str, object], why: str) -> None:
+        assert why in lacks("hopper-int8", replace(FITS, **{"scores": "int8", **change}))
 
     def test_every_engine_is_on_record(self) -> None:
         assert set(LIST_ENGINES) <= set(c.ENGINES)
@@ -130,6 +147,17 @@ def test_code_for_hopper(
     assert code["products"] == 2 * 2 * (channels // 16 + pieces * 2 * c.BLOCK_N // 16)
     assert code["copies"] == 2 * (c.tiles(head_dim, 64) + c.tiles(value_dim, 64))
     # A thread has 64 weights of a step, and two rows that shrink.
+    assert code["beside"] == [66, 66]
+    assert code["spills"] == 0
+
+
+@pytest.mark.parametrize(("value_dim", "other"), [(128, False), (64, True)])
+def test_code_of_scores_in_8_bits(value_dim: int, other: bool) -> None:
+    """As above; an instruction takes 32 channels of a score, and a copy all of a tile of keys."""
+    code = compiled("int8", value_dim, other)
+    assert code["shared"] <= SHARED_MEMORY
+    assert code["products"] == 2 * 2 * (128 // 32 + 2 * c.BLOCK_N // 16)
+    assert code["copies"] == 2 * (1 + c.tiles(value_dim, 64))
     assert code["beside"] == [66, 66]
     assert code["spills"] == 0
 
