@@ -7,7 +7,15 @@ from typing import Any
 from cef_compile import ops
 from cef_compile.errors import UnsupportedNodeError
 from cef_compile.graph import Site, concrete
-from cef_compile.policy import AttentionNode, Decision, PolicyLike, Reason, ask, check_policy
+from cef_compile.policy import (
+    SCORES,
+    AttentionNode,
+    Decision,
+    PolicyLike,
+    Reason,
+    ask,
+    check_policy,
+)
 
 
 class Decider:
@@ -86,8 +94,9 @@ def join(prefix: str, path: str) -> str:
 
 
 def _spell(variant: tuple[Any, ...]) -> str:
-    filter_, rule, certify, bound, compensate, order = variant
+    filter_, rule, certify, bound, compensate, scores, order = variant
     flags = [name for name, on in (("bound", bound), ("compensate", compensate)) if on]
+    flags += [] if scores == SCORES[0] else [scores]
     return "/".join([filter_, rule, certify, *flags, order])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cef_compile import ops
 from cef_compile.graph.find import mask_kind
-from cef_compile.policy import AttentionNode, Decision, check_fraction, check_sizes
+from cef_compile.policy import SCORES, AttentionNode, Decision, check_fraction, check_sizes
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def attention(
     threshold: float | None = None,
     density: float | None = None,
     compensate: bool = False,
+    scores: str = SCORES[0],
     grid: tuple[int, int, int] | None = None,
     text: tuple[int, int] = (0, 0),
     return_stats: bool = False,
@@ -71,7 +72,8 @@ def attention(
         scale: factor of the scores; None for ``head_dim ** -0.5``.
         enable_gqa: allow H to be a multiple of Hk.
         recall: wanted share of the attention energy, mean over all rows, in (0, 1].
-        filter, rule, certify, bound, threshold, density, compensate: see :class:`Decision`.
+        filter, rule, certify, bound, threshold, density, compensate, scores: see
+            :class:`Decision`.
         grid: (frames, height, width) of the tokens of a video or image (1 frame), in raster order.
             Tiles are then cut as cubes of the grid, which need fewer of them for the same recall;
             the result is what it would be otherwise, up to which tiles are dropped.
@@ -113,6 +115,7 @@ def attention(
         threshold=threshold,
         density=density,
         compensate=compensate,
+        scores=scores,
     )
     node = AttentionNode(
         path="attention",

@@ -113,7 +113,7 @@ def pooled(parts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
 
 
 def engine(measures: Tensor) -> str:
-    """What computed a call: one of "reference" (PyTorch), "triton", "hopper", "fa4".
+    """What computed a call: one of "reference" (PyTorch), "triton", "hopper", "fa4", "hopper-int8".
 
     Empty where it was dense, or its parts were computed by several. Synchronises with the device.
     """
@@ -315,6 +315,7 @@ def _attention(
     certify: str,
     bound: bool,
     compensate: bool,
+    scores: str,
     layout: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     if phase == Phase.DENSE:
@@ -333,7 +334,7 @@ def _attention(
         "layout": Layout.of(layout, q.shape[2], k.shape[2]),
     }
     if filter == "planned":
-        options |= {"compensate": compensate}
+        options |= {"compensate": compensate, "scores": scores}
     else:
         options |= {"certify": certify, "bound": bound}
     result = getattr(_kernels(q), filter)(q, k, v, control, **options)
@@ -357,6 +358,7 @@ def _(
     certify: str,
     bound: bool,
     compensate: bool,
+    scores: str,
     layout: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (

@@ -38,6 +38,7 @@ options = st.sampled_from(
         {"rule": "top_p"},
         {"rule": "top_k", "density": 1.0},
         {"compensate": True},
+        {"scores": "int8"},
         {"filter": "online"},
         {"filter": "online", "certify": "row"},
         {"filter": "online", "rule": "lse"},
@@ -147,6 +148,12 @@ class TestAgreesWithSdpa:
 
 
 class TestFilters:
+    @pytest.mark.parametrize("filter_", ["planned", "online"])
+    def test_scores_in_8_bits_are_a_permission(self, filter_: str) -> None:
+        """Where nothing is faster for it, as on a CPU, scores stay exact."""
+        allowed, exact = (call(X, recall=0.5, filter=filter_, scores=s) for s in ("int8", "exact"))
+        assert same_bits(allowed, exact)
+
     @given(case=cases(), recall=RECALLS)
     def test_is_the_filter_of_the_reference(self, case: Case, recall: float) -> None:
         x = case.make()
@@ -317,6 +324,7 @@ ERRORS = [
     (ValueError, {"rule": "lse"}, "rule must be one of.*'lse'"),
     (ValueError, {"certify": "row"}, "certify='row' needs filter='online'"),
     (ValueError, {"bound": True}, "bound=True needs filter='online', got filter='planned'"),
+    (ValueError, {"scores": "fp8"}, "scores must be one of 'exact', 'int8', got 'fp8'"),
     (ValueError, {"filter": "online", "certify": "x"}, "certify must be one of.*'x'"),
     (ValueError, {"threshold": 0}, r"threshold must be in \(0, 1\], got 0"),
     (ValueError, {"rule": "top_k"}, "density go together"),
@@ -408,6 +416,7 @@ DECISIONS = {
     "row": Decision(0.8, "online", certify="row"),
     "lse": Decision(0.8, "online", rule="lse"),
     "bound": Decision(0.8, "online", bound=True),
+    "int8": Decision(0.8, scores="int8"),
 }
 by_phase = pytest.mark.parametrize("phase", list(ops.Phase), ids=lambda phase: phase.name)
 by_decision = pytest.mark.parametrize("name", DECISIONS)

@@ -17,6 +17,7 @@ from cef_compile.kernels import config as c
 from cef_compile.policy import (
     CERTIFICATES,
     FILTER_RULES,
+    SCORES,
     AttentionNode,
     Balanced,
     Decision,
@@ -63,14 +64,14 @@ def context(length: int, kind: str = "cross") -> AttentionNode:
 class TestDecision:
     def test_defaults(self) -> None:
         decision = Decision(0.9)
-        assert decision.variant == ("planned", "threshold", "none", False, False, "grid")
+        assert decision.variant == ("planned", "threshold", "none", False, False, "exact", "grid")
         assert not decision.is_dense
         assert decision.reason is None
         assert decision.log2_threshold is None
         online = Decision(0.9, filter="online")
-        assert online.variant == ("online", "share", "mean", False, False, "grid")
+        assert online.variant == ("online", "share", "mean", False, False, "exact", "grid")
         bounded = Decision(0.9, filter="online", bound=True)
-        assert bounded.options == ("online", "share", "mean", True, False)
+        assert bounded.options == ("online", "share", "mean", True, False, "exact")
         assert Decision(0.9, filter="online", rule="lse").certify == "none"
         assert Decision(1).recall == 1.0
         assert isinstance(Decision(1).recall, float)
@@ -159,10 +160,11 @@ class TestDecision:
         density=st.none() | st.just(0.5),
         bound=st.booleans(),
         compensate=st.booleans(),
+        scores=st.sampled_from(SCORES),
         group=st.none() | st.just("a"),
     )
     def test_is_made_exactly_where_nothing_contradicts(
-        self, filter_, rule, certify, bound, threshold, density, compensate, group
+        self, filter_, rule, certify, bound, threshold, density, compensate, scores, group
     ) -> None:
         online = filter_ == "online"
         resolved = rule or FILTER_RULES[filter_][0]
@@ -176,14 +178,31 @@ class TestDecision:
             and (group is None or resolved == "threshold")
         )
         more = {"threshold": threshold, "density": density, "compensate": compensate}
+        more["scores"] = scores  # a permission, which contradicts nothing
         if not fine:
             with pytest.raises(ValueError, match=r"must|needs|has no|go together|shares"):
                 Decision(0.9, filter_, rule, certify, bound, group=group, **more)
             return
         decision = Decision(0.9, filter_, rule, certify, bound, group=group, **more)
         default = "mean" if online and resolved == "share" else "none"
-        options = (filter_, resolved, certify or default, bound, compensate)
+        options = (filter_, resolved, certify or default, bound, compensate, scores)
         assert decision.variant == (*options, "grid")
+
+    @pytest.mark.parametrize("make", [Decision, Uniform, Balanced])
+    @pytest.mark.parametrize("value", ["int4", "", None, True, 8], ids=str)
+    def test_scores_are_exact_or_int8(self, make: Any, value: Any) -> None:
+        with pytest.raises(ValueError, match="scores must be one of 'exact', 'int8', got"):
+            make(0.9, scores=value)
+
+    def test_a_report_names_what_is_allowed(self) -> None:
+        assert repr(Balanced(0.9)) == "Balanced(recall=0.9)"
+        assert repr(Balanced(0.9, scores="int8")) == "Balanced(recall=0.9, scores='int8')"
+        assert "scores='int8'" in repr(Uniform(0.9, scores="int8"))
+
+    @pytest.mark.parametrize("make", [Uniform, Balanced])
+    def test_policies_pass_scores_on(self, make: Any) -> None:
+        assert make(0.9).decide(NODE).scores == "exact"
+        assert make(0.9, scores="int8").decide(NODE).scores == "int8"
 
     def test_dense(self) -> None:
         decision = Decision.dense(Reason.CAUSAL, "because")

@@ -35,6 +35,7 @@ from cef_compile import (
 from cef_compile.policy import (
     CERTIFICATES,
     FILTER_RULES,
+    SCORES,
     Calibration,
     Candidate,
     MeasuredNode,
@@ -68,15 +69,23 @@ def decisions(draw: st.DrawFn) -> Decision:
         threshold=None if ranked else draw(st.none() | FRACTIONS),
         density=draw(FRACTIONS) if rule == "top_k" else None,
         compensate=planned and draw(st.booleans()),
+        scores=draw(st.sampled_from(SCORES)),
         group=draw(st.none() | TEXTS) if rule == "threshold" else None,
         detail=draw(TEXTS),
     )
 
 
-uniforms = st.builds(Uniform, FRACTIONS) | st.builds(
-    Uniform, FRACTIONS, st.just("online"), st.sampled_from(["", *CERTIFICATES]), st.booleans()
+scores = st.sampled_from(SCORES)
+uniforms = st.builds(Uniform, FRACTIONS, scores=scores) | st.builds(
+    Uniform,
+    FRACTIONS,
+    st.just("online"),
+    st.sampled_from(["", *CERTIFICATES]),
+    st.booleans(),
+    scores,
 )
-simple = st.none() | FRACTIONS | decisions() | uniforms | st.builds(Balanced, FRACTIONS)
+balanced = st.builds(Balanced, FRACTIONS, scores)
+simple = st.none() | FRACTIONS | decisions() | uniforms | balanced
 patterns = PATHS | st.sampled_from(["*", "blocks.*", r"re:blocks\.\d+\.attn1", "[ab]*"])
 
 
@@ -188,6 +197,7 @@ EXAMPLES = {
             "*": Schedule({0.5: Balanced(0.95), 0.0: Rules({"a": 0.5})}),
             "b": Uniform(0.9, "online", "row", True),
             "c": Decision(0.9, "online", bound=True),
+            "d": Balanced(0.9, scores="int8"),
         }
     ),
     "balanced": Balanced(0.95),
@@ -231,7 +241,7 @@ def is_error_or_exact(file: Path) -> PolicyFormatError | None:
     return None
 
 
-LATER = {"bound": False}
+LATER = {"bound": False, "scores": "exact"}
 """Keys that the first files did not have, and what they say of such a file."""
 JUNK = st.sampled_from(
     ["x", "", None, True, False, 0, 1, -1, 2, 0.5, -0.5, 1.5, 1e308, 10**400, [], {}, [1], {"a": 1}]
@@ -343,6 +353,7 @@ def test_a_file_from_before_a_key_says_what_it_said_then(folder: Path, policy: A
         (("nodes", 0, "bands", 0, "recall"), -math.inf, r"must be a number, got -Infinity"),
         (("nodes", 0, "bands", 0, "recall"), 10**400, r"must be at least 0 and finite, got a huge"),
         (("nodes", 0, "bands", 0, "rule"), "", r"bands\[0\]\.rule: must be one of .*got ''"),
+        (("nodes", 0, "bands", 0, "scores"), "int4", r"bands\[0\]\.scores: must be .*'int8'"),
         (("nodes", 0, "bands", 0, "bound"), 1, r"bands\[0\]\.bound: must be true or false, got 1"),
         (("nodes", 0, "bands", 0, "bound"), True, r"bands\[0\]: bound=True needs filter='online'"),
         (("nodes", 0, "bands", 0, "density"), 0.5, r"bands\[0\]: rule='top_k' and density"),

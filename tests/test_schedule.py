@@ -74,7 +74,15 @@ class TestBands:
         with pytest.raises(ValueError, match=r"blocks\.0\.attn1#0 want different filters"):
             schedule.decide(NODE)
         fine = Schedule({0.5: Uniform(0.99, filter="online"), 0.1: Uniform(0.9, "online"), 0: None})
-        assert fine.decide(NODE).variant == ("online", "share", "mean", False, False, "grid")
+        assert fine.decide(NODE).variant == (
+            "online",
+            "share",
+            "mean",
+            False,
+            False,
+            "exact",
+            "grid",
+        )
 
 
 class TestErrors:

@@ -6,6 +6,7 @@ from cef_compile.policy.calibration import Calibration, Candidate, MeasuredNode,
 from cef_compile.policy.decision import (
     CERTIFICATES,
     FILTER_RULES,
+    SCORES,
     Decision,
     Policy,
     PolicyLike,
@@ -30,6 +31,7 @@ from cef_compile.policy.schedule import Schedule, check_level
 __all__ = [
     "CERTIFICATES",
     "FILTER_RULES",
+    "SCORES",
     "SHORT_CONTEXT",
     "AttentionNode",
     "Balanced",

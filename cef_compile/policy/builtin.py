@@ -9,7 +9,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from cef_compile.policy.bands import Bands, noise_bands
-from cef_compile.policy.decision import Decision, Policy, PolicyLike, ask, check_fraction
+from cef_compile.policy.decision import (
+    SCORES,
+    Decision,
+    Policy,
+    PolicyLike,
+    ask,
+    check_fraction,
+)
 from cef_compile.policy.node import SHORT_CONTEXT, AttentionNode, Reason
 
 BALANCED_GROUP = "balanced"
@@ -34,6 +41,7 @@ class Uniform:
         filter: "planned" or "online".
         certify: for "online": "mean", "row" or "none".
         bound: for "online": see :class:`Decision`.
+        scores: "exact" or "int8", see :class:`Decision`.
 
     Raises:
         TypeError, ValueError: as :class:`Decision`.
@@ -43,6 +51,7 @@ class Uniform:
     filter: str = "planned"
     certify: str = ""
     bound: bool = False
+    scores: str = SCORES[0]
 
     def __post_init__(self) -> None:
         check_fraction("recall", self.recall)
@@ -53,7 +62,13 @@ class Uniform:
         return _usual(node, self._decision())
 
     def _decision(self) -> Decision:
-        return Decision(self.recall, filter=self.filter, certify=self.certify, bound=self.bound)
+        return Decision(
+            self.recall,
+            filter=self.filter,
+            certify=self.certify,
+            bound=self.bound,
+            scores=self.scores,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,19 +83,29 @@ class Balanced:
 
     Args:
         recall: mean over the filtered nodes of the share of attention energy kept, in (0, 1].
+        scores: "exact" or "int8", see :class:`Decision`.
 
     Raises:
-        TypeError, ValueError: ``recall`` is no number in (0, 1].
+        TypeError, ValueError: as :class:`Decision`.
     """
 
     recall: float
+    scores: str = SCORES[0]
 
     def __post_init__(self) -> None:
         check_fraction("recall", self.recall)
+        self._decision()
 
     def decide(self, node: AttentionNode) -> Decision:
         """Filter the node, unless it is a cross attention to a short context."""
-        return _usual(node, Decision(self.recall, group=BALANCED_GROUP))
+        return _usual(node, self._decision())
+
+    def __repr__(self) -> str:
+        more = "" if self.scores == SCORES[0] else f", scores={self.scores!r}"
+        return f"Balanced(recall={self.recall!r}{more})"
+
+    def _decision(self) -> Decision:
+        return Decision(self.recall, scores=self.scores, group=BALANCED_GROUP)
 
 
 class Rules:

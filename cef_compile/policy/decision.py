@@ -14,6 +14,8 @@ FILTER_RULES = {"planned": ("threshold", "top_k", "top_p"), "online": ("share", 
 CERTIFICATES = ("none", "mean", "row")
 ORDERS = ("grid", "raster")
 """Orders in which tiles are cut; the first one is the default."""
+SCORES = ("exact", "int8")
+"""How the scores of kept tiles may be computed; the first one is the default."""
 
 
 def check_fraction(name: str, value: Any) -> float:
@@ -90,6 +92,9 @@ class Decision:
             heads that are selective inside a tile.
         order: "grid" cuts tiles as cubes of the node's grid, where it has one, and keeps text
             exact; "raster" cuts them as the tokens come.
+        scores: "int8" allows the scores of kept tiles to be computed from queries and keys in 8
+            bits. It is done where there is a faster kernel for it (engine "hopper-int8" in
+            reports), and nowhere else; "exact" forbids it.
         group: nodes of one model and group share ONE threshold, chosen so that their mean recall
             is ``recall``; None gives the node its own.
         reason: why the node is dense; only for dense decisions.
@@ -108,6 +113,7 @@ class Decision:
     density: float | None = None
     compensate: bool = False
     order: str = ORDERS[0]
+    scores: str = SCORES[0]
     group: str | None = None
     reason: Reason | None = None
     detail: str = ""
@@ -119,6 +125,7 @@ class Decision:
         default = "mean" if self.filter == "online" and self.rule == "share" else "none"
         set_(self, "certify", check_choice("certify", self.certify or default, CERTIFICATES))
         check_choice("order", self.order, ORDERS)
+        check_choice("scores", self.scores, SCORES)
         if self.filter == "planned" and self.certify != "none":
             raise ValueError(
                 f"certify={self.certify!r} needs filter='online': a plan's recall is an estimate"
@@ -158,12 +165,12 @@ class Decision:
         return self.recall is None
 
     @property
-    def options(self) -> tuple[str, str, str, bool, bool]:
-        """How the op filters: (filter, rule, certify, bound, compensate)."""
-        return (self.filter, self.rule, self.certify, self.bound, self.compensate)
+    def options(self) -> tuple[str, str, str, bool, bool, str]:
+        """How the op filters: (filter, rule, certify, bound, compensate, scores)."""
+        return (self.filter, self.rule, self.certify, self.bound, self.compensate, self.scores)
 
     @property
-    def variant(self) -> tuple[str, str, str, bool, bool, str]:
+    def variant(self) -> tuple[str, str, str, bool, bool, str, str]:
         """What is compiled into the graph: the options and the order."""
         return (*self.options, self.order)
 

@@ -17,7 +17,14 @@ import torch
 from cef_compile.policy.bands import Bands
 from cef_compile.policy.builtin import Balanced, Rules, Uniform
 from cef_compile.policy.calibration import Calibration, Candidate, MeasuredNode, Tried
-from cef_compile.policy.decision import CERTIFICATES, FILTER_RULES, ORDERS, Decision, PolicyLike
+from cef_compile.policy.decision import (
+    CERTIFICATES,
+    FILTER_RULES,
+    ORDERS,
+    SCORES,
+    Decision,
+    PolicyLike,
+)
 from cef_compile.policy.json_files import Place, read_json, write_json
 from cef_compile.policy.node import Reason
 from cef_compile.policy.nodes import NodeEntry, NodePolicy, check_entry
@@ -28,7 +35,8 @@ VERSION = 1
 
 _DECISION = tuple(field.name for field in fields(Decision))
 _UNIFORM = tuple(field.name for field in fields(Uniform))
-_LATER = {"bound": False}
+_BALANCED = tuple(field.name for field in fields(Balanced))
+_LATER = {"bound": False, "scores": SCORES[0]}
 """Keys that came after the first files, and what it means where one is missing."""
 _DTYPES = tuple(
     sorted(
@@ -81,7 +89,7 @@ def _policy_data(policy: Any, where: str) -> dict[str, Any]:
     if type(policy) is Uniform:
         return {"kind": "uniform", **{name: getattr(policy, name) for name in _UNIFORM}}
     if type(policy) is Balanced:
-        return {"kind": "balanced", "recall": policy.recall}
+        return {"kind": "balanced", **{name: getattr(policy, name) for name in _BALANCED}}
     if type(policy) is Rules:
         rules = [
             {"pattern": pattern, "value": _value_data(value, f"rule {pattern!r}")}
@@ -182,11 +190,13 @@ def _uniform(place: Place, head: tuple[str, ...]) -> Uniform:
     filter_ = found["filter"].string(FILTER_RULES)
     certify = found["certify"].string(("", *CERTIFICATES))
     bound = found["bound"].boolean()
-    return place.make(lambda: Uniform(recall, filter_, certify, bound))
+    scores = found["scores"].string(SCORES)
+    return place.make(lambda: Uniform(recall, filter_, certify, bound, scores))
 
 
 def _balanced(place: Place, head: tuple[str, ...]) -> Balanced:
-    return Balanced(place.fields(*head, "recall")["recall"].fraction())
+    found = place.fields(*head, *_BALANCED, **_LATER)
+    return Balanced(found["recall"].fraction(), found["scores"].string(SCORES))
 
 
 def _rules(place: Place, head: tuple[str, ...]) -> Rules:
@@ -270,6 +280,7 @@ def _decision(place: Place, found: dict[str, Place]) -> Decision:
     density = found["density"].optional(Place.fraction)
     compensate = found["compensate"].boolean()
     order = found["order"].string(ORDERS)
+    scores = found["scores"].string(SCORES)
     group = found["group"].optional(Place.string)
     detail = found["detail"].string()
     return place.make(
@@ -283,6 +294,7 @@ def _decision(place: Place, found: dict[str, Place]) -> Decision:
             density=density,
             compensate=compensate,
             order=order,
+            scores=scores,
             group=group,
             reason=reason,
             detail=detail,

@@ -231,6 +231,7 @@ def planned(
     compensate: bool = False,
     audited: bool = False,
     layout: Layout | None = None,
+    scores: str = "exact",
 ) -> Result:
     """Filter by a plan made from tile centroids, then attend to the listed tiles (DESIGN 3.1).
 
@@ -243,6 +244,7 @@ def planned(
         audited: measure achieved recall and error on a sample of query tiles.
         layout: cut tiles in the order of these tokens, exact ones apart and always kept; None for
             the order in which they come.
+        scores: one of ``SCORES``; they are exact in any case.
     """
     places = Places.of(layout, q.device)
     rows, keys, values = places.put(q), places.put(k), places.put(v)
