@@ -3,7 +3,8 @@
     python bench/eight_bits.py [--out bench/results/eight-bits.json]
 
 Queries and keys of the embedded model's self attention, first blocks, one noise level. The error is
-``||out - exact|| / ||exact||`` of one attention call. Rows are tokens; each has a scale of its own.
+``||out - exact|| / ||exact||`` of one attention call. Each query has a scale of its own; so has in
+FP8 each key, and in INT8 each tile of keys, as in the engine.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ def fp8(x: Tensor) -> Tensor:
     return (x / scale).to(torch.float8_e4m3fn).float() * scale
 
 
-def int8(x: Tensor) -> Tensor:
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
-    return (x / scale).round() * scale
+def int8(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scores as the engine "hopper-int8" has them, less what is the same for a row."""
+    eight = ref.eight_bits(q, k, scale)
+    sizes = eight.key_scale.repeat_interleave(c.BLOCK_N, -1)[..., None, : k.shape[2]]
+    return scale * eight.row_scale[..., None] * sizes * (eight.q.float() @ eight.k.float().mT)
 
 
 def errors(q: Tensor, k: Tensor, v: Tensor) -> dict[str, dict[str, float]]:
@@ -45,7 +48,7 @@ def errors(q: Tensor, k: Tensor, v: Tensor) -> dict[str, dict[str, float]]:
         "exact": q @ k.mT * scale,
         "bf16": q.bfloat16().float() @ k.bfloat16().float().mT * scale,
         "fp8": fp8(q) @ fp8(centred).mT * scale,
-        "int8": int8(q) @ int8(centred).mT * scale,
+        "int8": int8(q, k, scale),
     }
     exact = scores["exact"].softmax(-1) @ v
 
