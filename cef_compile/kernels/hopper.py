@@ -448,7 +448,8 @@ def _consume(
                 score = as_numbers(warpgroup_mma_wait(len(accs), deps=(summed,)))
                 if first >= whole:
                     seen = _seen(
-                        first, listed, here, batch, mask, kv_len, KEYS, BLOCK_N, HAS_MASK, key_layout
+                        first, listed, here, batch, mask, kv_len, KEYS, BLOCK_N, HAS_MASK,
+                        key_layout,
                     )  # fmt: skip
                     score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
                 if INT8:
