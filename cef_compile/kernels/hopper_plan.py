@@ -2,7 +2,8 @@
 
 A row's shares are known only once all its scores are. The Triton kernel therefore computes the
 scores twice; this one keeps the exponentials of the first time in shared memory, each against the
-row's maximum by then, and corrects them by one factor per row and step at the end.
+row's maximum by then, and corrects them by one factor per row and step at the end. Of more keys
+than fit it computes the scores of all but the first chunk a second time.
 """
 
 from __future__ import annotations
@@ -36,13 +37,10 @@ _ROWS_AT_ONCE = gl.constexpr(16)
 _LOWEST = gl.constexpr(LOWEST)
 _ENERGY_FP16 = gl.constexpr(ENERGY_FP16)
 
-_SHARED_BYTES: Final = 227 << 10
-"""Shared memory of a program on Hopper."""
+_CHUNK: Final = 5
+"""Most bundles of a chunk: so many fit into the 227 KiB of a program."""
 _OTHER_BYTES: Final = 4 << 10
 """More than what does not grow with the number of key tiles, beside the stats."""
-OPTIONS: Final = {"num_warps": 4, "maxnreg": 168}
-"""Three programs share the registers of a multiprocessor, as they do its memory up to 16,384
-keys."""
 
 
 def shared_bytes(dim: int, n_n: int) -> int:
@@ -52,16 +50,19 @@ def shared_bytes(dim: int, n_n: int) -> int:
     return _capacity(n_n) * step + _STEP.value * 4 * c.padded_dim(dim) + _OTHER_BYTES
 
 
-def takes(dim: int, n_n: int) -> bool:
-    """Whether so many key tiles of 16-bit keys with a head_dim fit."""
+def takes(dim: int) -> bool:
+    """Whether it ranks 16-bit keys with a head_dim."""
     # TMA copies whole swizzled rows, so a mean must fill them.
-    whole = c.padded_dim(dim) in (SWIZZLE.value, 2 * SWIZZLE.value)
-    return whole and shared_bytes(dim, n_n) <= _SHARED_BYTES
+    return c.padded_dim(dim) in (SWIZZLE.value, 2 * SWIZZLE.value)
 
 
 def _capacity(n_n: int) -> int:
-    """Steps that shared memory holds, whole bundles: few lengths, few programs to compile."""
-    return _BUNDLE.value * c.tiles(n_n, _BUNDLE.value * _STEP.value)
+    """Steps of a chunk, whole bundles: few lengths, few programs to compile."""
+    return _BUNDLE.value * min(_CHUNK, c.tiles(n_n, _BUNDLE.value * _STEP.value))
+
+
+def _one_chunk(n_n: int) -> bool:
+    return n_n <= _capacity(n_n) * _STEP.value
 
 
 def plan(
@@ -75,7 +76,7 @@ def plan(
     keep_energy: bool,
     histogram: Tensor | None = None,
 ) -> Plan:
-    """As :func:`cef_compile.kernels.plan.plan`, for bf16 and fp16 where it :func:`takes` them."""
+    """As :func:`cef_compile.kernels.plan.plan`, for 16-bit tensors whose dim it :func:`takes`."""
     batch, heads, q_len, dim = q.shape
     positions = q_len if tokens is None else len(tokens)
     n_m, n_n = c.tiles(positions, c.BLOCK_M), count.shape[1]
@@ -103,7 +104,7 @@ def plan(
                 ordered=tokens is not None,
                 exact=exact_tiles is not None,
             ),
-            **OPTIONS,
+            **options(n_n),
         )
     return made
 
@@ -113,7 +114,21 @@ def constants(
 ) -> dict[str, object]:
     """What the kernel is compiled for."""
     shared = compiled_for(dim, keep_energy=keep_energy, ordered=ordered, exact=exact)
-    return {**shared, "WIDTH": c.padded_dim(dim), "STEPS": _capacity(n_n)}
+    return {
+        **shared,
+        "WIDTH": c.padded_dim(dim),
+        "STEPS": _capacity(n_n),
+        "ONE_CHUNK": _one_chunk(n_n),
+    }
+
+
+def options(n_n: int) -> dict[str, int]:
+    """How the kernel is compiled.
+
+    Up to 16,384 keys three programs share the registers of a multiprocessor, as they do its memory.
+    Where one chunk is not enough, a program is alone there.
+    """
+    return {"num_warps": 4, "maxnreg": 168 if _one_chunk(n_n) else 255}
 
 
 def _panels(stats: Tensor) -> Tensor:
@@ -192,9 +207,10 @@ def _plan(
     positions, n_n, heads_per_key_head, count_b, scale, exact_m, exact_n,
     q_b, q_h, q_l, q_d,
     DIM: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, ROW_STRIDE: gl.constexpr,
-    STEPS: gl.constexpr, SQUARE: gl.constexpr, BINS_PER_OCTAVE: gl.constexpr,
-    OCTAVES: gl.constexpr, TOP_BIN: gl.constexpr, ENERGY_UNIT: gl.constexpr,
-    KEEP_ENERGY: gl.constexpr, ORDERED: gl.constexpr, EXACT: gl.constexpr,
+    STEPS: gl.constexpr, ONE_CHUNK: gl.constexpr, SQUARE: gl.constexpr,
+    BINS_PER_OCTAVE: gl.constexpr, OCTAVES: gl.constexpr, TOP_BIN: gl.constexpr,
+    ENERGY_UNIT: gl.constexpr, KEEP_ENERGY: gl.constexpr, ORDERED: gl.constexpr,
+    EXACT: gl.constexpr,
 ):  # fmt: skip
     """One program per (query tile, head, batch)."""
     dtype: gl.constexpr = stats_desc.dtype
@@ -206,7 +222,8 @@ def _plan(
     key_row = batch * (heads // heads_per_key_head) + head // heads_per_key_head
     count += batch * count_b
     n_steps = (n_n + _STEP - 1) // _STEP
-    n_bundles = (n_steps + _BUNDLE - 1) // _BUNDLE
+    chunks = 1 if ONE_CHUNK else (n_steps + STEPS - 1) // STEPS
+    q += batch.to(gl.int64) * q_b + head.to(gl.int64) * q_h
 
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -219,59 +236,22 @@ def _plan(
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(full, count=1)
     fence_async_shared()
-    panels = known._reinterpret(dtype, stats_desc.block_shape, stats_desc.layout)
-    _fetch(stats_desc, key_row, 0, n_steps, panels, full)
-
-    one = gl.arange(0, _BUNDLE * _STEP, gl.BlockedLayout([1], [32], [_BUNDLE], [0]))
-    for bundle in range(n_bundles):
-        key = bundle * _BUNDLE * _STEP + one
-        found = gl.load(count + key, mask=key < n_n, other=0)
-        log_counts.index(bundle).store(gl.log2(found.to(gl.float32)))  # -inf: hidden
-    log_counts = log_counts._reinterpret(gl.float32, [STEPS, _STEP], plain)
-
-    # The rows of q, by way of the shares' memory, in the registers of those who multiply.
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _STEP, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
-    operand: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
-    q_layout: gl.constexpr = whole_lines(WIDTH, 4)
-    first = tile * BLOCK_M
-    row = first + ROW_STRIDE * gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
-    at, real = rows_of(row, tokens, positions, ORDERED)
-    dims = gl.arange(0, WIDTH, gl.SliceLayout(0, q_layout))
-    used = gl.expand_dims(real, 1) & gl.expand_dims(dims < DIM, 0)
-    q += batch.to(gl.int64) * q_b + head.to(gl.int64) * q_h
-    where = gl.expand_dims(at.to(gl.int64) * q_l, 1) + gl.expand_dims(dims.to(gl.int64) * q_d, 0)
-    staged = shares._reinterpret(dtype, [1, ROWS, WIDTH], swizzled).index(0)
-    staged.store(gl.load(q + where, mask=used, other=0.0))
-    rows = staged.load(operand)
-    wide = rows.to(gl.float32)
-    squares = (wide * wide * SQUARE).to(dtype)
-    row = first + ROW_STRIDE * gl.arange(0, ROWS, row_layout)
-    _at, real = rows_of(row, tokens, positions, ORDERED)
-
-    # One exponential for each score; the maximum it is against is kept beside it.
     scale2 = scale * _LOG2E
+    given = (q, q_l, q_d, tokens, positions, tile * BLOCK_M, count, n_n, stats_desc, key_row)
+    memory = (known, shares, factors, log_counts, full)
     top = gl.full([ROWS], _LOWEST, gl.float32, row_layout)
     total = gl.zeros([ROWS], gl.float32, row_layout)
-    score = gl.zeros([ROWS, _STEP], gl.float32, score_layout)
-    keys = known.permute((1, 0))
-    for step in range(n_steps):
-        mbarrier.wait(full, step & 1)
-        score = warpgroup_mma(rows, keys.slice(0, WIDTH, 0), score, use_acc=False, is_async=True)
-        score = warpgroup_mma(squares, keys.slice(WIDTH, WIDTH, 0), score, is_async=True)
-        # The operands go through the wait so that the assembler does not make them anew each time.
-        score, rows, squares = warpgroup_mma_wait(0, deps=(score, rows, squares))
-        barrier()  # all warps are done with these stats
-        _fetch(stats_desc, key_row, step + 1, n_steps, panels, full)
-        log_count = log_counts.index(step).load(gl.SliceLayout(0, score_layout))
-        exponent = score * scale2 + gl.expand_dims(log_count, 0)
-        new_top = gl.maximum(top, gl.max(exponent, 1))
-        share = gl.exp2(exponent - gl.expand_dims(new_top, 1))
-        total = total * gl.exp2(top - new_top) + gl.sum(share, 1)
-        top = new_top
-        # What is stored holds no NaN: a maximum passes over it.
-        shares.index(step).store(gl.maximum(share, 0.0).to(gl.float16))
-        factors.index(step).store(top)
+    waits = 0
+    # From the last chunk to the first, whose exponentials are then in memory.
+    for done in range(chunks):
+        top, total, waits = _exponentials(
+            given, memory, chunks - 1 - done, top, total, waits, scale2, n_steps,
+            DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, score_layout,
+        )  # fmt: skip
+    row = tile * BLOCK_M + ROW_STRIDE * gl.arange(0, ROWS, row_layout)
+    _at, real = rows_of(row, tokens, positions, ORDERED)
     # A NaN anywhere in a row makes its total NaN. Such a row, and one that is padding or sees
     # nothing, has no energy; a real NaN row puts all tiles of its query tile in the top bin.
     sound = real & (total > 0)
@@ -299,38 +279,45 @@ def _plan(
     best_rank = gl.full([_BUNDLE, _STEP], float("-inf"), gl.float32, pair_layout)
     best_key = gl.zeros([_BUNDLE, _STEP], gl.int32, pair_layout)
     best_mass = gl.zeros([_BUNDLE, _STEP], gl.float32, pair_layout)
-    for bundle in range(n_bundles):
-        factor = factors.index(bundle).load(factor_layout)
-        factors.index(bundle).store(gl.exp2(factor - gl.expand_dims(log_total, 0)))
-        key = bundle * _BUNDLE * _STEP + beside
-        visible = (log_counts.index(bundle).load(pair_layout) > float("-inf")) & (key < n_n)
-        largest = gl.zeros([_BUNDLE, _STEP], gl.float32, pair_layout)
-        mass = gl.zeros([_BUNDLE, _STEP], gl.float32, pair_layout)
-        for part in gl.static_range(ROWS // _ROWS_AT_ONCE):
-            factor = factors.index(bundle).slice(part * _ROWS_AT_ONCE, _ROWS_AT_ONCE, 1)
-            factor = gl.expand_dims(factor.load(gl.SliceLayout(2, cells)), 2)
-            share = shares.index(bundle).slice(part * _ROWS_AT_ONCE, _ROWS_AT_ONCE, 1)
-            share = share.load(cells).to(gl.float32) * factor
-            largest = gl.maximum(largest, gl.max(share, 1))
-            mass += gl.sum(share, 1)
-        rank = gl.where(spoilt, 0.0, gl.log2(largest))
-        ranked = visible
-        if EXACT:
-            # Kept whatever it ranks, so in the top bin; and never the best, which is one more.
-            exact = (key >= exact_n) | (tile >= exact_m)
-            rank = gl.where(exact, 0.0, rank)
-            ranked = visible & (~exact)
-        bin_ = _bin_of(rank, BINS_PER_OCTAVE, OCTAVES, TOP_BIN)
-        gl.store(bins + to + key, bin_.to(gl.uint8), mask=key < n_n)
-        if KEEP_ENERGY:
-            gl.store(energy + to + key, gl.where(visible, mass, 0.0), mask=key < n_n)
-        better = ranked & (rank > best_rank)
-        best_rank = gl.where(better, rank, best_rank)
-        best_key = gl.where(better, key, best_key)
-        best_mass = gl.where(better, mass, best_mass)
-        energies, numbers = _add_to_histogram(
-            energies, numbers, bin_, mass, visible, pairs, COLUMNS
-        )
+    for chunk in range(chunks):
+        if not ONE_CHUNK:
+            if chunk > 0:
+                _top, _total, waits = _exponentials(
+                    given, memory, chunk, top, total, waits, scale2, n_steps,
+                    DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, score_layout,
+                )  # fmt: skip
+        for bundle in range(_bundles_of(chunk, n_steps, STEPS, ONE_CHUNK)):
+            factor = factors.index(bundle).load(factor_layout)
+            factors.index(bundle).store(gl.exp2(factor - gl.expand_dims(log_total, 0)))
+            key = (chunk * STEPS + bundle * _BUNDLE) * _STEP + beside
+            visible = (log_counts.index(bundle).load(pair_layout) > float("-inf")) & (key < n_n)
+            largest = gl.zeros([_BUNDLE, _STEP], gl.float32, pair_layout)
+            mass = gl.zeros([_BUNDLE, _STEP], gl.float32, pair_layout)
+            for part in gl.static_range(ROWS // _ROWS_AT_ONCE):
+                factor = factors.index(bundle).slice(part * _ROWS_AT_ONCE, _ROWS_AT_ONCE, 1)
+                factor = gl.expand_dims(factor.load(gl.SliceLayout(2, cells)), 2)
+                share = shares.index(bundle).slice(part * _ROWS_AT_ONCE, _ROWS_AT_ONCE, 1)
+                share = share.load(cells).to(gl.float32) * factor
+                largest = gl.maximum(largest, gl.max(share, 1))
+                mass += gl.sum(share, 1)
+            rank = gl.where(spoilt, 0.0, gl.log2(largest))
+            ranked = visible
+            if EXACT:
+                # Kept whatever it ranks, so in the top bin; and never the best, which is one more.
+                exact = (key >= exact_n) | (tile >= exact_m)
+                rank = gl.where(exact, 0.0, rank)
+                ranked = visible & (~exact)
+            bin_ = _bin_of(rank, BINS_PER_OCTAVE, OCTAVES, TOP_BIN)
+            gl.store(bins + to + key, bin_.to(gl.uint8), mask=key < n_n)
+            if KEEP_ENERGY:
+                gl.store(energy + to + key, gl.where(visible, mass, 0.0), mask=key < n_n)
+            better = ranked & (rank > best_rank)
+            best_rank = gl.where(better, rank, best_rank)
+            best_key = gl.where(better, key, best_key)
+            best_mass = gl.where(better, mass, best_mass)
+            energies, numbers = _add_to_histogram(
+                energies, numbers, bin_, mass, visible, pairs, COLUMNS
+            )
 
     # The best tile (the first of equals) moves to the top bin.
     row = gl.arange(0, 64, gl.SliceLayout(1, counts))
@@ -356,9 +343,82 @@ def _plan(
 
 
 @gluon.jit
-def _fetch(desc, key_row, step, n_steps, panels, full):
-    """Brings the stats of a step, if there is such a step."""
+def _bundles_of(chunk, n_steps, STEPS: gl.constexpr, ONE_CHUNK: gl.constexpr):
+    """Number of bundles of a chunk."""
+    left = n_steps - chunk * STEPS
+    if not ONE_CHUNK:
+        left = gl.minimum(left, STEPS)
+    return (left + _BUNDLE - 1) // _BUNDLE
+
+
+@gluon.jit
+def _exponentials(
+    given, memory, chunk, top, total, waits, scale2, n_steps,
+    DIM: gl.constexpr, WIDTH: gl.constexpr, ROW_STRIDE: gl.constexpr, STEPS: gl.constexpr,
+    SQUARE: gl.constexpr, ORDERED: gl.constexpr, ONE_CHUNK: gl.constexpr,
+    score_layout: gl.constexpr,
+):  # fmt: skip
+    """One exponential for each score of a chunk; the maximum it is against is kept beside it."""
+    q, q_l, q_d, tokens, positions, first_row, count, n_n, desc, key_row = given
+    known, shares, factors, log_counts, full = memory
+    dtype: gl.constexpr = desc.dtype
+    ROWS: gl.constexpr = shares.shape[1]
+    begin = chunk * STEPS
+    end = n_steps
+    if not ONE_CHUNK:
+        end = gl.minimum(n_steps, begin + STEPS)
+    panels = known._reinterpret(dtype, desc.block_shape, desc.layout)
+    _fetch(desc, key_row, begin, end, panels, full)
+
+    one = gl.arange(0, _BUNDLE * _STEP, gl.BlockedLayout([1], [32], [_BUNDLE], [0]))
+    for bundle in range(_bundles_of(chunk, n_steps, STEPS, ONE_CHUNK)):
+        key = (begin + bundle * _BUNDLE) * _STEP + one
+        found = gl.load(count + key, mask=key < n_n, other=0)
+        log_counts.index(bundle).store(gl.log2(found.to(gl.float32)))  # -inf: hidden
+    plain: gl.constexpr = log_counts.type.layout
+    log_counts = log_counts._reinterpret(gl.float32, [STEPS, _STEP], plain)
+
+    # The rows of q, by way of the shares' memory, in the registers of those who multiply.
+    operand: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
+    q_layout: gl.constexpr = whole_lines(WIDTH, 4)
+    row = first_row + ROW_STRIDE * gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+    at, real = rows_of(row, tokens, positions, ORDERED)
+    dims = gl.arange(0, WIDTH, gl.SliceLayout(0, q_layout))
+    used = gl.expand_dims(real, 1) & gl.expand_dims(dims < DIM, 0)
+    where = gl.expand_dims(at.to(gl.int64) * q_l, 1) + gl.expand_dims(dims.to(gl.int64) * q_d, 0)
+    staged = shares._reinterpret(dtype, [1, ROWS, WIDTH], shares.type.layout).index(0)
+    staged.store(gl.load(q + where, mask=used, other=0.0))
+    rows = staged.load(operand)
+    wide = rows.to(gl.float32)
+    squares = (wide * wide * SQUARE).to(dtype)
+
+    score = gl.zeros([ROWS, _STEP], gl.float32, score_layout)
+    keys = known.permute((1, 0))
+    for step in range(begin, end):
+        mbarrier.wait(full, waits & 1)
+        waits += 1
+        score = warpgroup_mma(rows, keys.slice(0, WIDTH, 0), score, use_acc=False, is_async=True)
+        score = warpgroup_mma(squares, keys.slice(WIDTH, WIDTH, 0), score, is_async=True)
+        # The operands go through the wait so that the assembler does not make them anew each time.
+        score, rows, squares = warpgroup_mma_wait(0, deps=(score, rows, squares))
+        barrier()  # all warps are done with these stats
+        _fetch(desc, key_row, step + 1, end, panels, full)
+        log_count = log_counts.index(step - begin).load(gl.SliceLayout(0, score_layout))
+        exponent = score * scale2 + gl.expand_dims(log_count, 0)
+        new_top = gl.maximum(top, gl.max(exponent, 1))
+        share = gl.exp2(exponent - gl.expand_dims(new_top, 1))
+        total = total * gl.exp2(top - new_top) + gl.sum(share, 1)
+        top = new_top
+        # What is stored holds no NaN: a maximum passes over it.
+        shares.index(step - begin).store(gl.maximum(share, 0.0).to(gl.float16))
+        factors.index(step - begin).store(top)
+    return top, total, waits
+
+
+@gluon.jit
+def _fetch(desc, key_row, step, end, panels, full):
+    """Brings the stats of a step, if it comes before the end."""
     BYTES: gl.constexpr = panels.numel * 2
-    there = step < n_steps
+    there = step < end
     mbarrier.expect(full, BYTES, pred=there)
     tma.async_copy_global_to_shared(desc, [key_row, 0, step * _STEP, 0], full, panels, pred=there)

@@ -239,7 +239,7 @@ def _rank(
     exact_tiles: tuple[int, int] | None,
     keep_energy: bool,
 ) -> Plan:
-    """The plan for an engine: in Gluon beside the attention in Gluon, up to a number of keys."""
+    """The plan for an engine: in Gluon beside the attention in Gluon."""
     kernel: Callable[..., Plan] = functools.partial(
         plan,
         group_tiles=tuning.plan_group,
@@ -250,7 +250,7 @@ def _rank(
     if engine in ("hopper", "hopper-int8"):
         from cef_compile.kernels import hopper_plan
 
-        if hopper_plan.takes(q.shape[3], known.count.shape[1]):
+        if hopper_plan.takes(q.shape[3]):
             kernel = hopper_plan.plan
     return kernel(
         q,

@@ -76,7 +76,7 @@ def plan(head_dim: int, key_tiles: int, other: bool) -> Built:
     )
     width = 2 * c.padded_dim(head_dim)
     blocks = {"stats_desc": hopper_plan.step_block(width)}
-    return build(hopper_plan._plan, given, blocks, hopper_plan.OPTIONS)
+    return build(hopper_plan._plan, given, blocks, hopper_plan.options(key_tiles))
 
 
 def tiles_of(width: int) -> dict[str, list[int]]:
