@@ -3,10 +3,11 @@
     python bench/engines.py [--out bench/results]
 
 All engines have the same lists, and take turns with each other and with the dense attention of
-cuDNN, FlashAttention-2 and, where it is installed, FlashAttention-4. "uneven" lists have between 1
-and half of all tiles. Lists of 128 keys are of pairs of tiles, which FlashAttention-4 takes as its
-own tiles. Beside each time is the largest error against float64 on the same tiles, of two query
-tiles. The time of "hopper-int8" includes making q and k 8 bits, which is beside it alone too.
+cuDNN, FlashAttention-2 and, where it is installed, FlashAttention-4; "mhz" is the clock that the
+card had in them. "uneven" lists have between 1 and half of all tiles. Lists of 128 keys are of
+pairs of tiles, which FlashAttention-4 takes as its own tiles. Beside each time is the largest error
+against float64 on the same tiles, of two query tiles. The time of "hopper-int8" includes making q
+and k 8 bits, which is beside it alone too.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from measure import (
     inputs,
     list_engines,
     median_ms,
-    medians_by_turns,
     over_lists,
+    settled_by_turns,
     version,
 )
 from torch import Tensor
@@ -111,17 +112,18 @@ def rows() -> Iterator[Row]:
                 for name in list_engines(q, dim):
                     by = fa4(q, k, v, listed, keys) if name == "fa4" else None
                     calls[name, keys] = by or partial(over_lists, name, q, k, v, listed, known)
-            times = medians_by_turns(calls)
+            times = settled_by_turns(calls)
             rounding_ms = round(median_ms(rounding), 3) if (INT8, TILES[0]) in calls else None
-            for (name, keys), ms in times.items():
+            for (name, keys), found in times.items():
                 tiles = () if keys is None else (given[keys].index, given[keys].count[0])
                 yield {
                     "engine": name,
                     "shape": f"{heads} x {length} x {dim}",
                     "tile_keys": keys,
                     "density": density,
-                    "ms": round(ms, 3),
-                    "speed": round(times["cuDNN", None] / ms, 2),
+                    "ms": round(found.ms, 3),
+                    "mhz": found.mhz,
+                    "speed": round(times["cuDNN", None].ms / found.ms, 2),
                     "error": error(q, k, v, calls[name, keys](), *tiles),
                     **({"rounding_ms": rounding_ms} if name == INT8 else {}),
                     **version(name),

@@ -10,12 +10,13 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 import triton
+from clock import Clock, median_mhz
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -31,7 +32,7 @@ CUDNN, FLASH_2, FLASH_4 = "cuDNN", "FlashAttention-2", "FlashAttention-4"
 MEASURED_S = 0.12
 FLUSH_BYTES = 1 << 30  # far more than the L2, so that it outlasts the launches of a run too
 MIN_RUNS, MAX_RUNS = 5, 60
-ROUNDS = 2
+ROUNDS, TURN_S = 2, 0.3
 Row = dict[str, object]
 Key = TypeVar("Key", bound=Hashable)
 
@@ -67,14 +68,37 @@ def median_ms(function: Callable[[], object]) -> float:
     return statistics.median(times_ms(function, runs))
 
 
-def medians_by_turns(functions: dict[Key, Callable[[], object]]) -> dict[Key, float]:
-    """Median milliseconds of each; they take turns, since a card that is hot is slower."""
+@dataclass(frozen=True)
+class Settled:
+    """Median milliseconds, and the clock they were at where it was read."""
+
+    ms: float
+    mhz: int | None
+
+
+def settled_by_turns(functions: dict[Key, Callable[[], object]]) -> dict[Key, Settled]:
+    """Of each function, which take turns, at the clock that is its own.
+
+    A card at its power limit sets its clock by the power of the last tens of milliseconds. Of runs
+    by turns each would have the clock of the one before it, so the first half of a turn is not
+    counted.
+    """
     times: dict[Key, list[float]] = {key: [] for key in functions}
-    for _ in range(ROUNDS):
-        for key, function in functions.items():
-            function()
-            times[key] += times_ms(function, MIN_RUNS)
-    return {key: statistics.median(found) for key, found in times.items()}
+    clocks: dict[Key, list[int]] = {key: [] for key in functions}
+    with Clock() as clock:
+        for key in [*functions] * ROUNDS:
+            begin = time.perf_counter()
+            ends: list[tuple[float, float]] = []
+            while time.perf_counter() - begin < TURN_S or len(ends) < 2 * MIN_RUNS:
+                (ms,) = times_ms(functions[key], 1)
+                ends.append((time.perf_counter(), ms))
+            counted = ends[len(ends) // 2 :]
+            times[key] += [ms for _, ms in counted]
+            clocks[key] += clock.mhz(counted[0][0], counted[-1][0])
+    return {
+        key: Settled(statistics.median(found), median_mhz(clocks[key]))
+        for key, found in times.items()
+    }
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
