@@ -75,8 +75,9 @@ def _on_the_device_of_q(function: Callable[..., Output]) -> Callable[..., Output
 def _beside(device: torch.device) -> Iterator[None]:
     """What is launched here runs beside what follows, up to :func:`_join`.
 
-    The plan leaves most of the memory's bandwidth unused and a copy all else. Memory that is
-    written here must come from outside, so that the allocator knows of one stream alone.
+    Worth it where what follows is small kernels that leave most multiprocessors free, as those of
+    the lists do. Memory that is written here must come from outside, so that the allocator knows
+    of one stream alone.
     """
     if device.type != "cuda":
         yield
@@ -149,8 +150,6 @@ def planned(
         tiled_k, tiled_mask, tokens = arranged.k, arranged.key_mask, arranged.tokens
         exact_tiles, cents = layout.exact_tiles, arranged.centroids
         tiled_v = v.new_empty(*v.shape[:2], layout.length, v.shape[3])
-        with _beside(v.device):
-            in_order(v, tokens, tiled_v)
     partial = tiled_mask is not None or tiled_k.shape[2] % c.BLOCK_N != 0
     engine = _engine(
         engine, q, tiled_k, tiled_v, tiled_mask, tokens, compensate=compensate, scores=scores
@@ -165,6 +164,9 @@ def planned(
         exact_tiles=exact_tiles,
         keep_energy=rule != "threshold",
     )
+    if tokens is not None:
+        with _beside(v.device):
+            in_order(v, tokens, tiled_v)
     listed, curve, measures = lists(
         ranked.bins,
         ranked.energy,
@@ -178,7 +180,7 @@ def planned(
         together=heads_together(q.shape[1], tiled_k, tiled_v),
         engine=engine,
     )
-    if layout is not None:
+    if tokens is not None:
         _join(v.device)
     out, lse = _attend(
         engine,

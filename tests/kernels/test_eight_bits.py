@@ -238,7 +238,7 @@ class TestOnHopper:
         layout, case = drawn
         x = on_device(case.make(dtype))
         got = planned(x, control(recall), engine, layout=layout)
-        tiled = arrange(x.k, x.v, x.mask, layout, variance_factor=variance_factor(x.scale))
+        tiled = arrange(x.k, x.mask, layout, variance_factor=variance_factor(x.scale))
         known = tiled.centroids
         eight = of_reference(
             eight_bits(
@@ -248,7 +248,7 @@ class TestOnHopper:
         places = ref.Places.of(layout, torch.device("cpu"))
         y = on_cpu(x)
         mask = places.put_mask(y.k, y.mask)
-        y = y.replace(q=places.put(y.q), k=tiled.k.cpu(), v=tiled.v.cpu(), mask=mask)
+        y = y.replace(q=places.put(y.q), k=tiled.k.cpu(), v=places.put(y.v), mask=mask)
 
         def put(rows: Tensor) -> Tensor:
             return places.put(rows[..., None])[..., 0]
