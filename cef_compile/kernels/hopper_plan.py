@@ -3,7 +3,7 @@
 A row's shares are known only once all its scores are. The Triton kernel therefore computes the
 scores twice; this one keeps the exponentials of the first time in shared memory, each against the
 row's maximum by then, and corrects them by one factor per row and step at the end. Of more keys
-than fit it computes the scores of all but the first chunk a second time.
+than fit it computes all scores but those of the first chunk a second time.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ _BUNDLE = gl.constexpr(4)
 _ROWS_AT_ONCE = gl.constexpr(16)
 """Rows whose shares a thread holds at the end: more would spill."""
 _LOWEST = gl.constexpr(LOWEST)
+_TOTAL, _KEPT, _BOTH = gl.constexpr("total"), gl.constexpr("kept"), gl.constexpr("both")
+"""What exponentials are for."""
 _ENERGY_FP16 = gl.constexpr(ENERGY_FP16)
 
-_CHUNK: Final = 5
-"""Most bundles of a chunk: so many fit into the 227 KiB of a program."""
+_MOST: Final = 5
+"""Bundles of which all fit into the 227 KiB of a program."""
+_CHUNK: Final = 2
+"""Bundles of a chunk where not all fit: two programs share a multiprocessor, which is worth more
+than the scores that larger chunks save."""
 _OTHER_BYTES: Final = 4 << 10
 """More than what does not grow with the number of key tiles, beside the stats."""
 
@@ -58,7 +63,8 @@ def takes(dim: int) -> bool:
 
 def _capacity(n_n: int) -> int:
     """Steps of a chunk, whole bundles: few lengths, few programs to compile."""
-    return _BUNDLE.value * min(_CHUNK, c.tiles(n_n, _BUNDLE.value * _STEP.value))
+    bundles = c.tiles(n_n, _BUNDLE.value * _STEP.value)
+    return _BUNDLE.value * (bundles if bundles <= _MOST else _CHUNK)
 
 
 def _one_chunk(n_n: int) -> bool:
@@ -126,7 +132,7 @@ def options(n_n: int) -> dict[str, int]:
     """How the kernel is compiled.
 
     Up to 16,384 keys three programs share the registers of a multiprocessor, as they do its memory.
-    Where one chunk is not enough, a program is alone there.
+    Where one chunk is not enough, so few would spill.
     """
     return {"num_warps": 4, "maxnreg": 168 if _one_chunk(n_n) else 255}
 
@@ -244,12 +250,17 @@ def _plan(
     top = gl.full([ROWS], _LOWEST, gl.float32, row_layout)
     total = gl.zeros([ROWS], gl.float32, row_layout)
     waits = 0
-    # From the last chunk to the first, whose exponentials are then in memory.
-    for done in range(chunks):
-        top, total, waits = _exponentials(
-            given, memory, chunks - 1 - done, top, total, waits, scale2, n_steps,
-            DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, score_layout,
-        )  # fmt: skip
+    # The first chunk comes last, so that its exponentials are in memory.
+    if not ONE_CHUNK:
+        for chunk in range(1, chunks):
+            top, total, waits = _exponentials(
+                given, memory, chunk, top, total, waits, scale2, n_steps,
+                DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, _TOTAL, score_layout,
+            )  # fmt: skip
+    top, total, waits = _exponentials(
+        given, memory, 0, top, total, waits, scale2, n_steps,
+        DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, _BOTH, score_layout,
+    )  # fmt: skip
     row = tile * BLOCK_M + ROW_STRIDE * gl.arange(0, ROWS, row_layout)
     _at, real = rows_of(row, tokens, positions, ORDERED)
     # A NaN anywhere in a row makes its total NaN. Such a row, and one that is padding or sees
@@ -284,7 +295,7 @@ def _plan(
             if chunk > 0:
                 _top, _total, waits = _exponentials(
                     given, memory, chunk, top, total, waits, scale2, n_steps,
-                    DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, score_layout,
+                    DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, _KEPT, score_layout,
                 )  # fmt: skip
         for bundle in range(_bundles_of(chunk, n_steps, STEPS, ONE_CHUNK)):
             factor = factors.index(bundle).load(factor_layout)
@@ -355,10 +366,13 @@ def _bundles_of(chunk, n_steps, STEPS: gl.constexpr, ONE_CHUNK: gl.constexpr):
 def _exponentials(
     given, memory, chunk, top, total, waits, scale2, n_steps,
     DIM: gl.constexpr, WIDTH: gl.constexpr, ROW_STRIDE: gl.constexpr, STEPS: gl.constexpr,
-    SQUARE: gl.constexpr, ORDERED: gl.constexpr, ONE_CHUNK: gl.constexpr,
+    SQUARE: gl.constexpr, ORDERED: gl.constexpr, ONE_CHUNK: gl.constexpr, WANTED: gl.constexpr,
     score_layout: gl.constexpr,
 ):  # fmt: skip
-    """One exponential for each score of a chunk; the maximum it is against is kept beside it."""
+    """One exponential for each score of a chunk, for the total or to be kept or both.
+
+    The maximum that it is against is kept beside it.
+    """
     q, q_l, q_d, tokens, positions, first_row, count, n_n, desc, key_row = given
     known, shares, factors, log_counts, full = memory
     dtype: gl.constexpr = desc.dtype
@@ -405,13 +419,17 @@ def _exponentials(
         _fetch(desc, key_row, step + 1, end, panels, full)
         log_count = log_counts.index(step - begin).load(gl.SliceLayout(0, score_layout))
         exponent = score * scale2 + gl.expand_dims(log_count, 0)
-        new_top = gl.maximum(top, gl.max(exponent, 1))
+        new_top = top
+        if WANTED != _KEPT:  # else it is the maximum of all
+            new_top = gl.maximum(top, gl.max(exponent, 1))
         share = gl.exp2(exponent - gl.expand_dims(new_top, 1))
-        total = total * gl.exp2(top - new_top) + gl.sum(share, 1)
-        top = new_top
-        # What is stored holds no NaN: a maximum passes over it.
-        shares.index(step - begin).store(gl.maximum(share, 0.0).to(gl.float16))
-        factors.index(step - begin).store(top)
+        if WANTED != _KEPT:
+            total = total * gl.exp2(top - new_top) + gl.sum(share, 1)
+            top = new_top
+        if WANTED != _TOTAL:
+            # What is stored holds no NaN: a maximum passes over it.
+            shares.index(step - begin).store(gl.maximum(share, 0.0).to(gl.float16))
+            factors.index(step - begin).store(top)
     return top, total, waits
 
 
