@@ -35,8 +35,6 @@ _BUNDLE = gl.constexpr(4)
 _ROWS_AT_ONCE = gl.constexpr(16)
 """Rows whose shares a thread holds at the end: more would spill."""
 _LOWEST = gl.constexpr(LOWEST)
-_TOTAL, _KEPT, _BOTH = gl.constexpr("total"), gl.constexpr("kept"), gl.constexpr("both")
-"""What exponentials are for."""
 _ENERGY_FP16 = gl.constexpr(ENERGY_FP16)
 
 _MOST: Final = 5
@@ -251,16 +249,11 @@ def _plan(
     total = gl.zeros([ROWS], gl.float32, row_layout)
     waits = 0
     # The first chunk comes last, so that its exponentials are in memory.
-    if not ONE_CHUNK:
-        for chunk in range(1, chunks):
-            top, total, waits = _exponentials(
-                given, memory, chunk, top, total, waits, scale2, n_steps,
-                DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, _TOTAL, score_layout,
-            )  # fmt: skip
-    top, total, waits = _exponentials(
-        given, memory, 0, top, total, waits, scale2, n_steps,
-        DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, _BOTH, score_layout,
-    )  # fmt: skip
+    for done in range(chunks):
+        top, total, waits = _exponentials(
+            given, memory, chunks - 1 - done, top, total, waits, scale2, n_steps,
+            DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, False, score_layout,
+        )  # fmt: skip
     row = tile * BLOCK_M + ROW_STRIDE * gl.arange(0, ROWS, row_layout)
     _at, real = rows_of(row, tokens, positions, ORDERED)
     # A NaN anywhere in a row makes its total NaN. Such a row, and one that is padding or sees
@@ -295,7 +288,7 @@ def _plan(
             if chunk > 0:
                 _top, _total, waits = _exponentials(
                     given, memory, chunk, top, total, waits, scale2, n_steps,
-                    DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, _KEPT, score_layout,
+                    DIM, WIDTH, ROW_STRIDE, STEPS, SQUARE, ORDERED, ONE_CHUNK, True, score_layout,
                 )  # fmt: skip
         for bundle in range(_bundles_of(chunk, n_steps, STEPS, ONE_CHUNK)):
             factor = factors.index(bundle).load(factor_layout)
@@ -366,12 +359,12 @@ def _bundles_of(chunk, n_steps, STEPS: gl.constexpr, ONE_CHUNK: gl.constexpr):
 def _exponentials(
     given, memory, chunk, top, total, waits, scale2, n_steps,
     DIM: gl.constexpr, WIDTH: gl.constexpr, ROW_STRIDE: gl.constexpr, STEPS: gl.constexpr,
-    SQUARE: gl.constexpr, ORDERED: gl.constexpr, ONE_CHUNK: gl.constexpr, WANTED: gl.constexpr,
+    SQUARE: gl.constexpr, ORDERED: gl.constexpr, ONE_CHUNK: gl.constexpr, AGAIN: gl.constexpr,
     score_layout: gl.constexpr,
 ):  # fmt: skip
-    """One exponential for each score of a chunk, for the total or to be kept or both.
+    """One exponential for each score of a chunk; the maximum it is against is kept beside it.
 
-    The maximum that it is against is kept beside it.
+    The second time, ``AGAIN``, that is the maximum of all.
     """
     q, q_l, q_d, tokens, positions, first_row, count, n_n, desc, key_row = given
     known, shares, factors, log_counts, full = memory
@@ -419,17 +412,15 @@ def _exponentials(
         _fetch(desc, key_row, step + 1, end, panels, full)
         log_count = log_counts.index(step - begin).load(gl.SliceLayout(0, score_layout))
         exponent = score * scale2 + gl.expand_dims(log_count, 0)
-        new_top = top
-        if WANTED != _KEPT:  # else it is the maximum of all
-            new_top = gl.maximum(top, gl.max(exponent, 1))
-        share = gl.exp2(exponent - gl.expand_dims(new_top, 1))
-        if WANTED != _KEPT:
-            total = total * gl.exp2(top - new_top) + gl.sum(share, 1)
-            top = new_top
-        if WANTED != _TOTAL:
-            # What is stored holds no NaN: a maximum passes over it.
-            shares.index(step - begin).store(gl.maximum(share, 0.0).to(gl.float16))
-            factors.index(step - begin).store(top)
+        past = top
+        if not AGAIN:
+            top = gl.maximum(past, gl.max(exponent, 1))
+        share = gl.exp2(exponent - gl.expand_dims(top, 1))
+        if not AGAIN:
+            total = total * gl.exp2(past - top) + gl.sum(share, 1)
+        # What is stored holds no NaN: a maximum passes over it.
+        shares.index(step - begin).store(gl.maximum(share, 0.0).to(gl.float16))
+        factors.index(step - begin).store(top)
     return top, total, waits
 
 

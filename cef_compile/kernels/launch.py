@@ -71,27 +71,26 @@ def _on_the_device_of_q(function: Callable[..., Output]) -> Callable[..., Output
     return call
 
 
-@contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
-    """What is launched here runs beside what follows, up to :func:`_join`.
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """When what was launched so far is done; None where nothing is asynchronous."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
-    Worth it where what follows is small kernels that leave most multiprocessors free, as those of
-    the lists do. Memory that is written here must come from outside, so that the allocator knows
-    of one stream alone.
+
+@contextmanager
+def _beside(device: torch.device, since: torch.cuda.Event | None) -> Iterator[None]:
+    """What is launched here runs beside all that was launched since, and before all that follows.
+
+    Worth it where that is small kernels, which leave most multiprocessors free. Memory that is
+    written here must come from outside, so that the allocator knows of one stream alone.
     """
-    if device.type != "cuda":
+    if since is None:
         yield
         return
     side = _side_stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
+    side.wait_event(since)
     with torch.cuda.stream(side):
         yield
-
-
-def _join(device: torch.device) -> None:
-    """What follows waits for what was launched beside it."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
+    torch.cuda.current_stream(device).wait_stream(side)
 
 
 @functools.cache
@@ -164,9 +163,7 @@ def planned(
         exact_tiles=exact_tiles,
         keep_energy=rule != "threshold",
     )
-    if tokens is not None:
-        with _beside(v.device):
-            in_order(v, tokens, tiled_v)
+    ranked_at = None if tokens is None else _event(v.device)
     listed, curve, measures = lists(
         ranked.bins,
         ranked.energy,
@@ -181,7 +178,9 @@ def planned(
         engine=engine,
     )
     if tokens is not None:
-        _join(v.device)
+        # Launched after the kernels of the lists, which would else wait for what it leaves free.
+        with _beside(v.device, ranked_at):
+            in_order(v, tokens, tiled_v)
     out, lse = _attend(
         engine,
         q,
