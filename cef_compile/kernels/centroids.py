@@ -1,7 +1,6 @@
 """Step 1 of the planned filter: mean and per-channel variance of every tile, one pass over k.
 
-With a token order the same pass writes k in that order; v follows in a pass of its own, which runs
-beside the plan.
+With a token order the same pass writes k in that order; v follows in a pass of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels.order import Layout
 
 _WARPS = 4
+_COPY_WARPS = 4
 _ROWS = 64
 """Rows that one program moves."""
 
@@ -197,7 +197,7 @@ def in_order(x: Tensor, tokens: Tensor, out: Tensor) -> Tensor:
             DIM=dim,
             BLOCK_D=c.padded_dim(dim),
             ROWS=_ROWS,
-            num_warps=_WARPS,
+            num_warps=_COPY_WARPS,
         )
     return out
 
@@ -374,6 +374,8 @@ def _arrange(
         position, before, frames, height, width, after,
         CUBE_FRAMES, CUBE_HEIGHT, CUBE_WIDTH, BLOCK_M,
     )  # fmt: skip
+    # Each to its own place: a thread then computes one token, not those of all rows it holds.
+    token = tl.gather(token, tl.arange(0, BLOCK_N), 0)
     real = token >= 0
     source = token.to(tl.int64)
     inside = position < length
