@@ -32,7 +32,7 @@ CUDNN, FLASH_2, FLASH_4 = "cuDNN", "FlashAttention-2", "FlashAttention-4"
 MEASURED_S = 0.12
 FLUSH_BYTES = 1 << 30  # far more than the L2, so that it outlasts the launches of a run too
 MIN_RUNS, MAX_RUNS = 5, 60
-ROUNDS, TURN_S = 2, 0.3
+ROUNDS, TURN_S = 2, 0.2
 Row = dict[str, object]
 Key = TypeVar("Key", bound=Hashable)
 
