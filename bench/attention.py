@@ -60,6 +60,7 @@ from cef_compile.kernels.ranks import Plan, variance_factor
 WAN = {"A14B 480p": (40, 32760), "A14B 720p": (40, 75600), "TI2V-5B 720p": (24, 27280)}
 DENSITIES = (0.2, 0.3, 0.4)
 INT8_DENSITIES = (0.4, 0.18)
+SCORES_OF = {"hopper": "exact", "hopper-int8": "int8"}
 ONLINE_LOG2_THRESHOLDS = {
     False: (-60.0, -12.0, -10.0, -9.0, -8.0, -7.0),
     True: (-60.0, -9.0, -6.0, -5.0, -4.0, -3.0),
@@ -231,9 +232,12 @@ def int8() -> Iterator[Row]:
         yield from found
         for density in INT8_DENSITIES:
             numbers = threshold_for(qkv, density)
-            for scores in c.SCORES:
-                name = f"planned, {scores} scores"
-                yield filtered(name, shape, base, qkv, numbers, replayed=True, scores=scores)
+            for engine, scores in SCORES_OF.items():
+                if engine in list_engines(qkv[0], HEAD_DIM):
+                    yield filtered(
+                        f"planned, {scores} scores", shape, base, qkv, numbers, replayed=True,
+                        scores=scores, engine=engine,
+                    )  # fmt: skip
 
 
 def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -21,6 +21,10 @@ _HOPPER_LIST_DIMS: Final = range(8, 129, 8)
 """Of k and v each, for the hopper engine over lists."""
 _INT8_HEAD_DIM: Final = 128
 """Of k, for scores in 8 bits: they were measured with this one."""
+_INT8_LEAST_LENGTH: Final = 24_576
+"""Of queries and keys each, for scores in 8 bits to be chosen: making them costs with the length
+what they gain with its square. At 16,384 they lost time at a density of .18 and gained at .4, at
+32,256 they gained at both (H100)."""
 _DTYPES: Final = (torch.bfloat16, torch.float16)
 
 
@@ -38,6 +42,7 @@ class Call:
         online: it is the online filter's, not one over lists.
         bound: tiles are judged by bounds of their energy.
         scores: one of ``SCORES``, what is allowed.
+        q_len, kv_len: of the tokens that are read.
     """
 
     architecture: int
@@ -51,17 +56,20 @@ class Call:
     online: bool = False
     bound: bool = False
     scores: str = "exact"
+    q_len: int = 0
+    kv_len: int = 0
 
 
 def find_engine(call: Call, wanted: str | None = None) -> str:
-    """The wanted engine, or the first of "hopper-int8", "hopper" and "triton" that fits a call.
+    """The wanted engine, or the fastest of this package that fits a call.
 
     Raises:
         ValueError: the wanted engine does not exist, or cannot compute this call.
     """
     if wanted is None:
+        short = min(call.q_len, call.kv_len) < _INT8_LEAST_LENGTH
         fitting = (name for name in ("hopper-int8", "hopper") if not lacks(name, call))
-        return next(fitting, "triton")
+        return next((name for name in fitting if not (short and name == "hopper-int8")), "triton")
     among = ONLINE_ENGINES if call.online else LIST_ENGINES
     if wanted not in among:
         raise ValueError(f"engine must be one of {among} or None, not {wanted!r}")

@@ -128,7 +128,8 @@ def planned(
         audited: measure achieved recall and error on a sample of query tiles.
         layout: cut tiles in the order of these tokens, exact ones apart and always kept; None for
             the order in which they come. It takes a copy of k and v.
-        scores: one of ``SCORES``; "int8" allows the engine "hopper-int8".
+        scores: one of ``SCORES``; "int8" allows the engine "hopper-int8", which is chosen where it
+            is faster.
         engine: one of ``LIST_ENGINES`` for the attention over the lists; None for the fastest that
             can compute the call and is part of this package.
 
@@ -225,6 +226,8 @@ def _engine(
         online=online,
         bound=bound,
         scores=scores,
+        q_len=q.shape[2],
+        kv_len=k.shape[2],
     )
     return find_engine(call, wanted)
 

@@ -93,8 +93,8 @@ class Decision:
         order: "grid" cuts tiles as cubes of the node's grid, where it has one, and keeps text
             exact; "raster" cuts them as the tokens come.
         scores: "int8" allows the scores of kept tiles to be computed from queries and keys in 8
-            bits. It is done where there is a faster kernel for it (engine "hopper-int8" in
-            reports), and nowhere else; "exact" forbids it.
+            bits. It is done where that is faster (engine "hopper-int8" in reports), and nowhere
+            else; "exact" forbids it.
         group: nodes of one model and group share ONE threshold, chosen so that their mean recall
             is ``recall``; None gives the node its own.
         reason: why the node is dense; only for dense decisions.

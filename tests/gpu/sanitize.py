@@ -13,6 +13,7 @@ import torch
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
+from cef_compile.kernels.engines import Call, lacks
 from cef_compile.kernels.order import Layout
 
 CASES = ((2, 4, 2, 200, 257, 64, True), (1, 2, 2, 129, 320, 128, False))
@@ -33,8 +34,10 @@ def main() -> None:
             launch.planned(q, k, v, numbers, rule=rule, **options)
         for certify in c.CERTIFICATES:
             launch.online(q, k, v, numbers, certify=certify, **options)
-        if engine is None:  # scores in 8 bits, where there is an engine for them
-            launch.planned(q, k, v, numbers, scores="int8", **options)
+        eight = Call(launch._architecture(q.device), q.dtype, dim, dim, scores="int8")
+        if engine is None and not lacks("hopper-int8", eight):
+            wanted = {"scores": "int8", "engine": "hopper-int8"}
+            launch.planned(q, k, v, numbers, **{**options, **wanted})
         # A grid of 4 x 7 x 7 tokens with text after it, queries and keys alike.
         options["layout"] = Layout(0, 4, 7, 7, kv_len - 4 * 7 * 7)
         more = torch.randn(batch, heads, kv_len, dim, device="cuda").bfloat16()

@@ -332,20 +332,32 @@ class TestOnHopper:
             assert same_bits(recorded.lse, wanted.lse)
 
     @pytest.mark.parametrize(
-        ("options", "other"), [({"compensate": True}, "triton"), ({"dim": 64}, "hopper")]
+        ("options", "other"),
+        [
+            ({"compensate": True, "length": 24_576}, "triton"),
+            ({"dim": 64, "length": 24_576}, "hopper"),
+            ({"length": 300}, "hopper"),
+        ],
     )
-    def test_where_it_is_not_possible_scores_are_exact(
+    def test_where_it_is_not_possible_or_not_faster_scores_are_exact(
         self, engine: str, options: dict[str, object], other: str
     ) -> None:
         options = dict(options)
-        dim = int(options.pop("dim", 128))
-        x = on_device(Case(head_dim=dim, value_dim=dim).make(torch.bfloat16))
+        dim, length = int(options.pop("dim", 128)), int(options.pop("length"))
+        case = Case(q_len=length, kv_len=length, head_dim=dim, value_dim=dim)
+        x = on_device(case.make(torch.bfloat16))
         numbers = control(0.8).to(DEVICE)
         got = launch.planned(x.q, x.k, x.v, numbers, **x.options, scores="int8", **options)
         wanted = launch.planned(x.q, x.k, x.v, numbers, **x.options, **options)
         assert c.ENGINES[int(got.measures[c.MEASURE_ENGINE])] == other != engine
         assert same_bits(got.out, wanted.out)
         assert same_bits(got.measures, wanted.measures)
+
+    def test_where_it_is_faster_it_is_chosen(self, engine: str) -> None:
+        case = Case(q_len=24_576, kv_len=24_576, head_dim=128, value_dim=128)
+        x = on_device(case.make(torch.bfloat16))
+        got = launch.planned(x.q, x.k, x.v, control(0.8).to(DEVICE), **x.options, scores="int8")
+        assert c.ENGINES[int(got.measures[c.MEASURE_ENGINE])] == engine
 
 
 @pytest.mark.parametrize("value", ["int4", "", None])

@@ -49,6 +49,8 @@ CALLS = st.builds(
     online=st.booleans(),
     bound=st.booleans(),
     scores=st.sampled_from(c.SCORES),
+    q_len=st.sampled_from([256, 24_575, 24_576, 75_600]),
+    kv_len=st.sampled_from([256, 24_575, 24_576, 75_600]),
 )
 
 
@@ -68,7 +70,8 @@ class TestChoice:
             and not call.bound
         )
         eight = call.scores == "int8" and call.dim == 128 and not call.online
-        hopper = "hopper-int8" if eight else "hopper"
+        long = min(call.q_len, call.kv_len) >= 24_576
+        hopper = "hopper-int8" if eight and long else "hopper"
         assert find_engine(call) == (hopper if fits else "triton")
         assert find_engine(call, "triton") == "triton"
         if fits:
@@ -77,6 +80,8 @@ class TestChoice:
             with pytest.raises(ValueError, match="engine 'hopper' cannot compute this call: "):
                 find_engine(call, "hopper")
         assert bool(lacks("hopper-int8", call)) == (not (fits and eight))
+        if fits and eight:  # of any length, where it is asked for
+            assert find_engine(call, "hopper-int8") == "hopper-int8"
 
     def test_wanted_engine_must_exist(self) -> None:
         with pytest.raises(ValueError, match="not 'cudnn'"):
