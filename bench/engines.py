@@ -1,13 +1,13 @@
 """Times of the engines of the attention over lists beside dense attention, as JSON.
 
-    python bench/engines.py [--out bench/results]
+    python bench/engines.py [--turn SECONDS] [--out bench/results]
 
 All engines have the same lists, and take turns with each other and with the dense attention of
 cuDNN, FlashAttention-2 and, where it is installed, FlashAttention-4; "mhz" is the clock that the
-card had in them. "uneven" lists have between 1 and half of all tiles. Lists of 128 keys are of
-pairs of tiles, which FlashAttention-4 takes as its own tiles. Beside each time is the largest error
-against float64 on the same tiles, of two query tiles. The time of "hopper-int8" includes making q
-and k 8 bits, which is beside it alone too.
+card had in them, as far as it is read. "uneven" lists have between 1 and half of all tiles. Lists
+of 128 keys are of pairs of tiles, which FlashAttention-4 takes as its own tiles. Beside each time
+is the largest error against float64 on the same tiles, of two query tiles. The time of
+"hopper-int8" includes making q and k 8 bits, which is beside it alone too.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ from cef_compile.kernels.ranks import variance_factor
 SHAPES = ((24, 32256, 128), (24, 16384, 128), (24, 32256, 64), (24, 32256, 96))
 DENSITIES = (1.0, 0.4, 0.18)
 UNEVEN = "uneven"
+TURN_S = 0.6
+"""Long enough for the clock to settle in the first half."""
 INT8 = "hopper-int8"
 TILES = (c.BLOCK_N, 2 * c.BLOCK_N)
 """Keys of what is listed."""
@@ -96,7 +98,7 @@ def fa4(q: Tensor, k: Tensor, v: Tensor, listed: Lists, keys: int) -> Callable[[
     return call
 
 
-def rows() -> Iterator[Row]:
+def rows(turn_s: float) -> Iterator[Row]:
     """A row for each dense attention and each engine, by shape and density."""
     for heads, length, dim in SHAPES:
         q, k, v = inputs(heads, length, dim)
@@ -112,7 +114,7 @@ def rows() -> Iterator[Row]:
                 for name in list_engines(q, dim):
                     by = fa4(q, k, v, listed, keys) if name == "fa4" else None
                     calls[name, keys] = by or partial(over_lists, name, q, k, v, listed, known)
-            times = settled_by_turns(calls)
+            times = settled_by_turns(calls, turn_s)
             rounding_ms = round(median_ms(rounding), 3) if (INT8, TILES[0]) in calls else None
             for (name, keys), found in times.items():
                 tiles = () if keys is None else (given[keys].index, given[keys].count[0])
@@ -135,11 +137,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    out = parser.parse_args().out
-    found = {"about": about(), "results": []}
+    parser.add_argument("--turn", type=float, default=TURN_S, help="seconds of a turn")
+    given = parser.parse_args()
+    out = given.out
+    found = {"about": {**about(), "turn_s": given.turn}, "results": []}
     print(found["about"], flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    for row in rows():
+    for row in rows(given.turn):
         print(row, flush=True)
         found["results"].append(row)
         (out / f"engines-{card()}.json").write_text(json.dumps(found, indent=1) + "\n")

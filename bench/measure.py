@@ -32,7 +32,7 @@ CUDNN, FLASH_2, FLASH_4 = "cuDNN", "FlashAttention-2", "FlashAttention-4"
 MEASURED_S = 0.12
 FLUSH_BYTES = 1 << 30  # far more than the L2, so that it outlasts the launches of a run too
 MIN_RUNS, MAX_RUNS = 5, 60
-ROUNDS, TURN_S = 2, 0.2
+ROUNDS = 2
 Row = dict[str, object]
 Key = TypeVar("Key", bound=Hashable)
 
@@ -76,12 +76,14 @@ class Settled:
     mhz: int | None
 
 
-def settled_by_turns(functions: dict[Key, Callable[[], object]]) -> dict[Key, Settled]:
+def settled_by_turns(
+    functions: dict[Key, Callable[[], object]], turn_s: float
+) -> dict[Key, Settled]:
     """Of each function, which take turns, at the clock that is its own.
 
     A card at its power limit sets its clock by the power of the last tens of milliseconds. Of runs
-    by turns each would have the clock of the one before it, so the first half of a turn is not
-    counted.
+    by turns each would have the clock of the one before it, so the first half of a turn of
+    ``turn_s`` seconds is not counted.
     """
     times: dict[Key, list[float]] = {key: [] for key in functions}
     clocks: dict[Key, list[int]] = {key: [] for key in functions}
@@ -89,7 +91,7 @@ def settled_by_turns(functions: dict[Key, Callable[[], object]]) -> dict[Key, Se
         for key in [*functions] * ROUNDS:
             begin = time.perf_counter()
             ends: list[tuple[float, float]] = []
-            while time.perf_counter() - begin < TURN_S or len(ends) < 2 * MIN_RUNS:
+            while time.perf_counter() - begin < turn_s or len(ends) < 2 * MIN_RUNS:
                 (ms,) = times_ms(functions[key], 1)
                 ends.append((time.perf_counter(), ms))
             counted = ends[len(ends) // 2 :]

@@ -25,8 +25,7 @@ MULTI_GPU: Final = ROOT / "bench" / "results" / "multi-gpu-h100.json"
 SCALING: Final = ROOT / "bench" / "scaling.py"
 ENGINES: Final = ROOT / "bench" / "results" / "engines-h100.json"
 EIGHT_BITS: Final = ROOT / "bench" / "results" / "eight-bits.json"
-EIGHT_BITS_TIMES: Final = ROOT / "bench" / "results" / "eight-bits-h100.json"
-TO_EIGHT_BITS: Final = ("k to int8, scale by tile", "q to int8, scale by row")
+SCORES: Final = ("exact", "int8")
 PAGES: Final = tuple(
     ROOT / page
     for page in (
@@ -126,18 +125,16 @@ def eight_bits(_: dict[str, Any]) -> str:
     return markdown(["", "density", "error", "with INT8 scores", "with FP8 scores"], table)
 
 
-def eight_bits_times(_: dict[str, Any]) -> str:
-    """What they save of the attention over lists, and what making them costs."""
-    rows: Rows = json.loads(EIGHT_BITS_TIMES.read_text(encoding="utf-8"))["results"]
+def eight_bits_times(found: dict[str, Any]) -> str:
+    """What they save of the whole filter."""
+    rows: Rows = [row for row in found["results"]["int8"] if "density" in row]
+    times = {(r["shape"], r["density"], r["name"]): r["ms"] for r in rows}
     table = []
-    times = {(r["shape"], r.get("density"), r["name"]): r["ms"] for r in rows}
-    for shape, density in dict.fromkeys((r["shape"], r["density"]) for r in rows if "density" in r):
-        plain, *eight = (times[shape, density, name] for name in ("bf16", "int8", "fp8"))
-        cells = [f"{ms:.2f} ms, {ms / plain - 1:+.0%}" for ms in eight]
-        made = sum(times[shape, None, name] for name in TO_EIGHT_BITS)
-        table.append([shape, f"{density:.2f}", f"{plain:.2f} ms", *cells, f"{made:.3f} ms"])
-    header = ["heads x keys x head_dim", "density", "bf16", "INT8 scores", "FP8 scores"]
-    return markdown([*header, "q and k to 8 bits"], table)
+    for shape, density in dict.fromkeys((r["shape"], r["density"]) for r in rows):
+        exact, eight = (times[shape, density, f"planned, {name} scores"] for name in SCORES)
+        cells = [f"{exact:.3f} ms", f"{eight:.3f} ms", f"{eight / exact - 1:+.1%}"]
+        table.append([shape, f"{density:.2f}", *cells])
+    return markdown(["heads x keys x head_dim", "density", "exact", "INT8 scores", ""], table)
 
 
 def _of_engine(row: dict[str, Any]) -> tuple[Any, ...]:
