@@ -33,9 +33,8 @@ test-gpu: $(STAMP)
 
 sanitize: $(STAMP)
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/gpu/sanitize.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 --kernel-name-exclude kernel_name=_attend \
-		$(BIN)/python tests/gpu/sanitize.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/gpu/sanitize.py triton
+	$(BIN)/python tests/gpu/races.py
+	$(BIN)/python tests/gpu/races.py triton
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,10 +1,6 @@
 """Small cases of every kernel, or of one engine's, to run under compute-sanitizer: `make sanitize`.
 
 python tests/gpu/sanitize.py [ENGINE]
-
-racecheck does not follow memory barriers that groups of warps wait for, nor Triton's start of such
-groups, and reports what they guard. So the kernel that is made of all this, the attention over
-lists in Gluon, is left out there. The Triton kernel of that name is checked by naming its engine.
 """
 
 import sys

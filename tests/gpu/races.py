@@ -1,0 +1,71 @@
+"""racecheck of the small cases, less what it reports for want of following barriers.
+
+python tests/gpu/races.py [ENGINE]
+
+compute-sanitizer does not follow memory barriers that groups of warps wait for, nor Triton's start
+of such groups, and reports what these guard: in the attention over lists in Gluon, the hand-over
+of a query tile's number, and of the arguments to the groups. A report that is of nothing else is
+left out; any other fails.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from cef_compile.kernels import config
+
+CASES = Path(__file__).with_name("sanitize.py")
+KERNELS = Path(config.__file__).parent
+GUARDED = (
+    ("hopper.py", ("slots.store(", "slots.load(")),
+    ("hopper.py", ("def _attend(", "gl.warp_specialize(")),
+)
+"""By file: what the lines are that a report may name together."""
+_PLACE = re.compile(r"access at \S+ in (\S+):(\d+)")
+
+
+def reports(lines: Iterable[str]) -> Iterator[list[str]]:
+    """The lines of each report in racecheck's output."""
+    report: list[str] = []
+    for line in lines:
+        if "Race reported between" in line:
+            if report:
+                yield report
+            report = [line]
+        elif report and _PLACE.search(line):
+            report.append(line)
+    if report:
+        yield report
+
+
+def is_guarded(report: list[str]) -> bool:
+    """Whether all that a report names is guarded by barriers that racecheck does not follow."""
+    places = [match.groups() for line in report if (match := _PLACE.search(line))]
+    return len(places) == len(report) and any(
+        all(name == file and _is_one(file, int(at), parts) for name, at in places)
+        for file, parts in GUARDED
+    )
+
+
+def _is_one(file: str, at: int, parts: tuple[str, ...]) -> bool:
+    lines = (KERNELS / file).read_text(encoding="utf-8").splitlines()
+    return at <= len(lines) and any(part in lines[at - 1] for part in parts)
+
+
+def main() -> None:
+    command = ["compute-sanitizer", "--tool", "racecheck", sys.executable, str(CASES)]
+    found = subprocess.run([*command, *sys.argv[1:]], capture_output=True, text=True, check=False)
+    left = [report for report in reports(found.stdout.splitlines()) if not is_guarded(report)]
+    if found.returncode or "RACECHECK SUMMARY" not in found.stdout or "ran" not in found.stdout:
+        sys.exit(f"racecheck did not come to its end:\n{found.stdout}{found.stderr}")
+    if left:
+        sys.exit("\n\n".join("\n".join(report) for report in left))
+    print("no races")
+
+
+if __name__ == "__main__":
+    main()
