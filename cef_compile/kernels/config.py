@@ -42,6 +42,9 @@ RECALL_UNIT: Final = 2**30
 
 INT8_LIMIT: Final = 127
 """Largest integer of a query or key in 8 bits, either sign."""
+INT8_LEAST: Final = 1e-9
+"""A row of queries and a tile of keys are taken to have an element of this size at least: a unit
+of 0 could not be divided by, and this one is below what bf16 scores tell apart."""
 
 INT16_TILES: Final = 32767
 """Up to so many key tiles the kernels' lists are int16."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from cef_compile.kernels import config as c
 
 _WARPS = 4
+_LEAST = tl.constexpr(c.INT8_LEAST)
 _MEAN_TILES = 64
 """Means of tiles that are read in one step."""
 
@@ -135,7 +136,7 @@ def _mean(
 @triton.jit
 def _unit(largest, LIMIT: tl.constexpr):
     """Size of a unit; not 0, for what is divided by it."""
-    return tl.maximum(largest, 1e-9) * (1.0 / LIMIT)
+    return tl.maximum(largest, _LEAST) * (1.0 / LIMIT)
 
 
 @triton.jit

@@ -16,6 +16,11 @@ barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 SWIZZLE = gl.constexpr(64)
 """16-bit channels of a swizzled row of shared memory, 128 bytes: what one TMA copy is wide."""
 
+PAIR = gl.constexpr(2)
+"""Listed tiles of one step of the attention over lists."""
+GROUPS = gl.constexpr(2)
+"""Groups of 4 warps that compute it; each has ``BLOCK_M / 2`` query rows."""
+
 
 def tile_block(channels: int) -> list[int]:
     """Block of so many channels of a tile of keys ``[B, H, L, D]``."""
@@ -70,3 +75,17 @@ def rows_at(
 ):  # fmt: skip
     """Rows of q at the positions from ``first`` on, and which of them there are."""
     return rows_of(first + gl.arange(0, ROWS, layout), tokens, positions, ORDERED)
+
+
+@gluon.constexpr_function
+def width(dim):
+    """Channels that shared memory holds: TMA fills it with zeros beyond ``dim``."""
+    return 64 if dim <= 64 else 128
+
+
+@gluon.jit
+def place(slot, order, n_m, heads):
+    """Query tile, batch, head and row of the lists of a slot, which is a place in ``order``."""
+    row = gl.load(order + slot)
+    batch_head = row // n_m
+    return row % n_m, batch_head // heads, batch_head % heads, row.to(gl.int64)

@@ -33,7 +33,7 @@ def as_numbers(score):
 
 @gluon.jit
 def int8_softmax_step(score, top, total, row_scale, one, two):
-    """``hopper._softmax_step`` of such numbers.
+    """``hopper_consumer._softmax_step`` of such numbers.
 
     A row has a scale in base 2, times ``one`` in the first tile of the step, ``two`` in the other.
     """

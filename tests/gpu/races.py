@@ -21,10 +21,10 @@ from cef_compile.kernels import config
 CASES = Path(__file__).with_name("sanitize.py")
 KERNELS = Path(config.__file__).parent
 GUARDED = (
-    ("hopper.py", ("slots.store(", "slots.load(")),
-    ("hopper.py", ("def _attend(", "gl.warp_specialize(")),
+    (("hopper_producer.py", "slots.store("), ("hopper_consumer.py", "slots.load(")),
+    (("hopper.py", "def _attend("), ("hopper.py", "gl.warp_specialize(")),
 )
-"""By file: what the lines are that a report may name together."""
+"""Lines that a report may name together: files, and what stands there."""
 _PLACE = re.compile(r"access at \S+ in (\S+):(\d+)")
 
 
@@ -46,14 +46,17 @@ def is_guarded(report: list[str]) -> bool:
     """Whether all that a report names is guarded by barriers that racecheck does not follow."""
     places = [match.groups() for line in report if (match := _PLACE.search(line))]
     return len(places) == len(report) and any(
-        all(name == file and _is_one(file, int(at), parts) for name, at in places)
-        for file, parts in GUARDED
+        all(any(_stands(text, file, *place) for file, text in known) for place in places)
+        for known in GUARDED
     )
 
 
-def _is_one(file: str, at: int, parts: tuple[str, ...]) -> bool:
+def _stands(text: str, file: str, name: str, at: str) -> bool:
+    """Whether a text stands in a line of a file, and that is the named one."""
+    if name != file:
+        return False
     lines = (KERNELS / file).read_text(encoding="utf-8").splitlines()
-    return at <= len(lines) and any(part in lines[at - 1] for part in parts)
+    return int(at) <= len(lines) and text in lines[int(at) - 1]
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ def report(*places: str) -> list[str]:
 
 
 SLOT = (
-    place("_attend", "Write", "hopper.py", "slots.store("),
-    place("_attend", "Read", "hopper.py", "slots.load("),
+    place("_attend", "Write", "hopper_producer.py", "slots.store("),
+    place("_attend", "Read", "hopper_consumer.py", "slots.load("),
 )
 START = (
     place("_attend", "Read", "hopper.py", "def _attend("),
@@ -46,8 +46,8 @@ def test_what_barriers_guard_is_left_out(places: tuple[str, ...]) -> None:
     "places",
     [
         (SLOT[0], START[0]),
-        (*SLOT, place("_attend", "Write", "hopper.py", "own.store(")),
-        (SLOT[0], place("_attend", "Read", "hopper.py", "slots.load(", more=1)),
+        (*SLOT, place("_attend", "Write", "hopper_consumer.py", "own.store(")),
+        (SLOT[0], place("_attend", "Read", "hopper_consumer.py", "slots.load(", more=1)),
         ("Write access at _online+0x10 in hopper_online.py:1",),
         ("Write access at _attend+0x10", SLOT[1]),
         ("Write access at _attend+0x10 in hopper.py:99999", SLOT[1]),

@@ -11,9 +11,6 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels.reference.common import by_tile, full_key_mask, work_dtype
 from cef_compile.kernels.reference.planned import attend
 
-_LEAST = 1e-9
-"""Rows and tiles are taken to have an element of this size at least."""
-
 
 @dataclass(frozen=True)
 class EightBits:
@@ -75,7 +72,7 @@ def attend_eight_bits(
 
 
 def _unit(largest: Tensor) -> Tensor:
-    return largest.nan_to_num(nan=_LEAST).clamp_min(_LEAST) / c.INT8_LIMIT
+    return largest.nan_to_num(nan=c.INT8_LEAST).clamp_min(c.INT8_LEAST) / c.INT8_LIMIT
 
 
 def _rounded(value: Tensor, unit: Tensor) -> Tensor:

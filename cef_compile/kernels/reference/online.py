@@ -35,7 +35,7 @@ def online(
     audited: bool = False,
     layout: Layout | None = None,
 ) -> Result:
-    """Filter in one pass over all key tiles, with a ledger of kept and dropped energy (DESIGN 3.3).
+    """Filter in one pass over all key tiles, with a ledger of kept and dropped energy.
 
     Each query tile starts at its own diagonal key tile and wraps round. A tile is dropped when for
     every row its energy is below the threshold's part of the energy met so far (``rule="share"``;

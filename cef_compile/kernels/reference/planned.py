@@ -233,7 +233,7 @@ def planned(
     layout: Layout | None = None,
     scores: str = "exact",
 ) -> Result:
-    """Filter by a plan made from tile centroids, then attend to the listed tiles (DESIGN 3.1).
+    """Filter by a plan made from tile centroids, then attend to the listed tiles.
 
     Args:
         q, k, v, key_mask: see the package.
