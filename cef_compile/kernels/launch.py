@@ -8,8 +8,8 @@ captured in a CUDA graph and replayed with another ``control``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from cef_compile.kernels import online as _online
 from cef_compile.kernels.attend import attend
 from cef_compile.kernels.audit import audit
 from cef_compile.kernels.centroids import Centroids, arrange, centroids, in_order
+from cef_compile.kernels.check import check
 from cef_compile.kernels.descriptor import can_describe
 from cef_compile.kernels.eight_bits import eight_bits
 from cef_compile.kernels.engines import Call, find_engine
@@ -28,6 +29,7 @@ from cef_compile.kernels.lists import Lists, heads_together, lists
 from cef_compile.kernels.order import Layout
 from cef_compile.kernels.plan import plan
 from cef_compile.kernels.ranks import Plan, variance_factor
+from cef_compile.kernels.streams import beside, event
 from cef_compile.kernels.tuning import Tuning, find_tuning
 
 _TMA_ARCHITECTURE = 90
@@ -71,33 +73,6 @@ def _on_the_device_of_q(function: Callable[..., Output]) -> Callable[..., Output
     return call
 
 
-def _event(device: torch.device) -> torch.cuda.Event | None:
-    """When what was launched so far is done; None where nothing is asynchronous."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-
-@contextmanager
-def _beside(device: torch.device, since: torch.cuda.Event | None) -> Iterator[None]:
-    """What is launched here runs beside all that was launched since, and before all that follows.
-
-    Worth it where that is small kernels, which leave most multiprocessors free. Memory that is
-    written here must come from outside, so that the allocator knows of one stream alone.
-    """
-    if since is None:
-        yield
-        return
-    side = _side_stream(device)
-    side.wait_event(since)
-    with torch.cuda.stream(side):
-        yield
-    torch.cuda.current_stream(device).wait_stream(side)
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
 @_on_the_device_of_q
 def planned(
     q: Tensor,
@@ -136,7 +111,7 @@ def planned(
     Raises:
         ValueError: for inputs outside these limits.
     """
-    _check(q, k, v, control, scale, key_mask)
+    check(q, k, v, control, scale, key_mask)
     if rule not in c.PLANNED_RULES:
         raise ValueError(f"rule must be one of {c.PLANNED_RULES}, not {rule!r}")
     if scores not in c.SCORES:
@@ -164,7 +139,7 @@ def planned(
         exact_tiles=exact_tiles,
         keep_energy=rule != "threshold",
     )
-    ranked_at = None if tokens is None else _event(v.device)
+    ranked_at = None if tokens is None else event(v.device)
     listed, curve, measures = lists(
         ranked.bins,
         ranked.energy,
@@ -180,7 +155,7 @@ def planned(
     )
     if tokens is not None:
         # Launched after the kernels of the lists, which would else wait for what it leaves free.
-        with _beside(v.device, ranked_at):
+        with beside(v.device, ranked_at):
             in_order(v, tokens, tiled_v)
     out, lse = _attend(
         engine,
@@ -362,7 +337,7 @@ def online(
     Raises:
         ValueError: for inputs outside these limits.
     """
-    _check(q, k, v, control, scale, key_mask)
+    check(q, k, v, control, scale, key_mask)
     if rule not in c.ONLINE_RULES:
         raise ValueError(f"rule must be one of {c.ONLINE_RULES}, not {rule!r}")
     if certify not in c.CERTIFICATES:
@@ -442,42 +417,6 @@ def _audit(
         warps=tuning.attend_warps,
         stages=tuning.attend_stages,
     )
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, control: Tensor, scale: float, key_mask: Tensor | None
-) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not (q.dim() == k.dim() == v.dim() == 4):
-        raise ValueError(f"q, k and v must have 4 dimensions: {shapes}")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q, k and v do not fit each other: {shapes}")
-    if q.shape[1] and (not k.shape[1] or q.shape[1] % k.shape[1]):
-        raise ValueError(f"query heads must be a multiple of key heads: {shapes}")
-    limits = c.LIMITS["cuda"]
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in limits.dtypes:
-        raise ValueError(
-            f"q, k and v must share one dtype of {limits.dtypes}: {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    for dim in (q.shape[3], v.shape[3]):
-        if not 0 < dim <= limits.max_head_dim or dim % limits.head_dim_multiple:
-            raise ValueError(
-                f"head_dim must be a multiple of {limits.head_dim_multiple} up to "
-                f"{limits.max_head_dim}, not {dim}"
-            )
-    if control.shape != (c.CONTROL_SIZE,) or control.dtype != torch.float32:
-        raise ValueError(f"control must be float32 [{c.CONTROL_SIZE}], not {control.dtype}")
-    if not scale > 0:
-        raise ValueError(f"scale must be above 0, not {scale}")
-    if key_mask is not None and (
-        key_mask.dtype != torch.bool
-        or key_mask.dim() != 2
-        or key_mask.shape[0] not in (1, k.shape[0])
-        or key_mask.shape[1] != k.shape[2]
-    ):
-        raise ValueError(
-            f"key_mask must be bool [B or 1, kv_len], not {key_mask.dtype} {tuple(key_mask.shape)}"
-        )
 
 
 def _tuning(q: Tensor, v: Tensor) -> Tuning:
