@@ -6,12 +6,13 @@ The same tests run on a GPU (``-m gpu``) and, where there is none, in Triton's i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from support import Case, Inputs, by_element, cases, oracle, visible_tiles
+from support import Case, Inputs, by_element, cases, control, oracle, same_bits, visible_tiles
 from torch import Tensor
 
 from cef_compile.kernels import config as c
@@ -244,6 +245,33 @@ def assert_plan(x: Inputs, ranked: Plan) -> None:
     torch.testing.assert_close(curve.double() / c.ENERGY_UNIT, sums, rtol=3e-6, atol=3e-6 * rows)
 
 
+def assert_same_bits(got: launch.Output, wanted: launch.Output) -> None:
+    assert same_bits(got.out, wanted.out)
+    assert same_bits(got.lse, wanted.lse)
+
+
+def assert_nan_row_keeps_to_itself(x: Inputs, run: Callable[[Inputs], launch.Output]) -> None:
+    """A NaN query makes its own row NaN, where it sees anything, and no other."""
+    x.q[0, 0, 0] = torch.nan
+    out = run(x).out.cpu()
+    spoilt = torch.zeros(out.shape[:3], dtype=torch.bool)
+    spoilt[0, 0, 0] = bool(visible_tiles(on_cpu(x))[0].any())
+    assert out.isnan().any(-1).equal(spoilt)
+
+
+def assert_replays(run: Callable[[Tensor], launch.Output]) -> None:
+    """A replay of a CUDA graph with other numbers computes what a plain call does."""
+    numbers = control(0.9).to(DEVICE)
+    run(numbers)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run(numbers)
+    for recall in (0.5, 0.8):
+        numbers.copy_(control(recall))
+        graph.replay()
+        assert_same_bits(recorded, run(numbers))
+
+
 __all__ = [
     "DEVICE",
     "DTYPES",
@@ -255,8 +283,11 @@ __all__ = [
     "Case",
     "assert_audit",
     "assert_centroids",
+    "assert_nan_row_keeps_to_itself",
     "assert_output",
     "assert_plan",
+    "assert_replays",
+    "assert_same_bits",
     "laid_out",
     "listed",
     "low_precision",

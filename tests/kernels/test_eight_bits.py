@@ -15,6 +15,9 @@ from kernel_cases import (
     FEWER,
     LAYOUTS,
     MARKS,
+    assert_nan_row_keeps_to_itself,
+    assert_replays,
+    assert_same_bits,
     laid_out,
     listed,
     on_cpu,
@@ -227,8 +230,7 @@ class TestOnHopper:
         assert got.out.transpose(1, 2).is_contiguous()
         assert_attention(y, of_reference(of_kernels(x)), kept, got.out.cpu(), got.lse.cpu())
         again = planned(x, numbers, engine, rule=rule)  # a race would show as other bits
-        assert same_bits(got.out, again.out)
-        assert same_bits(got.lse, again.lse)
+        assert_same_bits(got, again)
 
     @FEWER
     @given(drawn=ORDERED, dtype=HALVES, recall=st.sampled_from([0.8, 1.0]))
@@ -292,18 +294,13 @@ class TestOnHopper:
             k=x.k.masked_fill(hidden, torch.nan), v=x.v.masked_fill(hidden, torch.nan)
         )
         got, wanted = planned(spoilt, control(0.8), engine), planned(x, control(0.8), engine)
-        assert same_bits(got.out, wanted.out)
-        assert same_bits(got.lse, wanted.lse)
+        assert_same_bits(got, wanted)
 
     @FEWER
     @given(case=ON_HOPPER, dtype=HALVES)
     def test_nan_rows_keep_to_themselves(self, engine: str, case: Case, dtype: torch.dtype) -> None:
         x = on_device(case.make(dtype))
-        x.q[0, 0, 0] = torch.nan
-        out = planned(x, control(0.5), engine).out.cpu()
-        spoilt = torch.zeros(out.shape[:3], dtype=torch.bool)
-        spoilt[0, 0, 0] = bool(visible_tiles(on_cpu(x))[0].any())
-        assert out.isnan().any(-1).equal(spoilt)
+        assert_nan_row_keeps_to_itself(x, lambda x: planned(x, control(0.5), engine))
 
     def test_more_query_tiles_than_programs(self, engine: str) -> None:
         """Each program takes several, with lists of many lengths; the same plan as exact scores."""
@@ -319,17 +316,7 @@ class TestOnHopper:
     def test_in_a_cuda_graph(self, engine: str) -> None:
         case = Case(kv_heads=2, q_len=300, kv_len=700, head_dim=128, value_dim=128)
         x = on_device(case.make(torch.bfloat16))
-        numbers = control(0.9).to(DEVICE)
-        planned(x, numbers, engine)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            recorded = planned(x, numbers, engine)
-        for recall in (0.5, 0.8):
-            numbers.copy_(control(recall))
-            graph.replay()
-            wanted = planned(x, numbers, engine)
-            assert same_bits(recorded.out, wanted.out)
-            assert same_bits(recorded.lse, wanted.lse)
+        assert_replays(lambda numbers: planned(x, numbers, engine))
 
     @pytest.mark.parametrize(
         ("options", "other"),

@@ -18,8 +18,11 @@ from kernel_cases import (
     DEVICE,
     FEWER,
     ON_GPU,
+    assert_nan_row_keeps_to_itself,
     assert_output,
     assert_plan,
+    assert_replays,
+    assert_same_bits,
     laid_out,
     listed,
     on_cpu,
@@ -282,18 +285,13 @@ class TestOnGpu:
         kept = listed(got.index, got.count, visible_tiles(y).shape[1])
         assert_output(y, kept, got, compensate=False)
         again = planned(x, numbers, engine, rule=rule)  # a race would show as other bits
-        assert same_bits(got.out, again.out)
-        assert same_bits(got.lse, again.lse)
+        assert_same_bits(got, again)
 
     @FEWER
     @given(case=CASES, dtype=DTYPES)
     def test_nan_rows_keep_to_themselves(self, engine: str, case: Case, dtype: torch.dtype) -> None:
         x = made(case, dtype, engine)
-        x.q[0, 0, 0] = torch.nan
-        out = planned(x, control(0.5), engine).out.cpu()
-        spoilt = torch.zeros(out.shape[:3], dtype=torch.bool)
-        spoilt[0, 0, 0] = bool(visible_tiles(on_cpu(x))[0].any())
-        assert out.isnan().any(-1).equal(spoilt)
+        assert_nan_row_keeps_to_itself(x, lambda x: planned(x, control(0.5), engine))
 
     @FEWER
     @given(case=CASES, power=st.integers(-3, 3))
@@ -335,20 +333,9 @@ class TestOnGpu:
         torch.testing.assert_close(got.lse, wanted.lse, rtol=1e-5, atol=1e-5)
 
     def test_in_a_cuda_graph(self, engine: str) -> None:
-        """A replay with other numbers computes what a plain call does."""
         case = Case(kv_heads=2, q_len=300, kv_len=700, head_dim=128, value_dim=128)
         x = on_device(case.make(torch.bfloat16))
-        numbers = control(0.9).to(DEVICE)
-        planned(x, numbers, engine)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            recorded = planned(x, numbers, engine)
-        for recall in (0.5, 0.8):
-            numbers.copy_(control(recall))
-            graph.replay()
-            wanted = planned(x, numbers, engine)
-            assert same_bits(recorded.out, wanted.out)
-            assert same_bits(recorded.lse, wanted.lse)
+        assert_replays(lambda numbers: planned(x, numbers, engine))
 
 
 def assert_equal_up_to_rounding(got: launch.Output, wanted: launch.Output, x: Inputs) -> None:
@@ -388,8 +375,7 @@ class TestOwnOnGpu:
         kept = listed(got.index, got.count, visible_tiles(y).shape[1])
         assert_output(y, kept, got, compensate=False)
         again = planned(x, numbers, engine)
-        assert same_bits(got.out, again.out)
-        assert same_bits(got.lse, again.lse)
+        assert_same_bits(got, again)
 
     @FEWER
     @given(case=CASES, dtype=DTYPES)
@@ -401,8 +387,7 @@ class TestOwnOnGpu:
             k=x.k.masked_fill(hidden, torch.nan), v=x.v.masked_fill(hidden, torch.nan)
         )
         got, wanted = planned(spoilt, control(0.8), engine), planned(x, control(0.8), engine)
-        assert same_bits(got.out, wanted.out)
-        assert same_bits(got.lse, wanted.lse)
+        assert_same_bits(got, wanted)
 
     @FEWER
     @given(drawn=ORDERED, dtype=DTYPES, recall=st.sampled_from([0.8, 1.0]))
