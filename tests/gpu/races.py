@@ -61,10 +61,13 @@ def _stands(text: str, file: str, name: str, at: str) -> bool:
 
 def main() -> None:
     command = ["compute-sanitizer", "--tool", "racecheck", sys.executable, str(CASES)]
-    found = subprocess.run([*command, *sys.argv[1:]], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [*command, *sys.argv[1:]],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
     left = [report for report in reports(found.stdout.splitlines()) if not is_guarded(report)]
     if found.returncode or "RACECHECK SUMMARY" not in found.stdout or "ran" not in found.stdout:
-        sys.exit(f"racecheck did not come to its end:\n{found.stdout}{found.stderr}")
+        sys.exit(f"racecheck did not come to its end:\n{found.stdout}")
     if left:
         sys.exit("\n\n".join("\n".join(report) for report in left))
     print("no races")
