@@ -85,6 +85,26 @@ def _softmax_step(score, top, total, scale2):
 
 
 @gluon.jit
+def _scores(rows, keys, score, HEAD_DIM: gl.constexpr, INT8: gl.constexpr):
+    """Starts the product of a group's rows with the keys of a step, where scores are like these."""
+    if INT8:
+        summed = int8_scores(rows, keys, score)
+    else:
+        summed = scores(rows, keys, score, HEAD_DIM)
+    return summed
+
+
+@gluon.jit
+def _weights(score, top, total, scale2, scales, INT8: gl.constexpr):
+    """As :func:`_softmax_step`; of scores in 8 bits with the scales of rows and of both tiles."""
+    if INT8:
+        found = int8_softmax_step(score, top, total, scales[0], scales[1], scales[2])
+    else:
+        found = _softmax_step(score, top, total, scale2)
+    return found
+
+
+@gluon.jit
 def _inside(real, dims, DIM: gl.constexpr):
     """Mask of the rows and channels that there are."""
     mask = gl.expand_dims(real, 1)
@@ -165,6 +185,7 @@ def consume(
         listed = gl.load(count + row)
         whole = gl.load(count + total_tiles + row) // PAIR * PAIR
         here = index + row * n_n
+        scales = ()
         if INT8:
             row_scales, row_shifts, key_scales = eight
             at, real = rows_at(
@@ -179,8 +200,7 @@ def consume(
             some = listed > 0
             one = gl.load(here, mask=some, other=0).to(gl.int32)
             two = gl.load(here + gl.minimum(1, last), mask=some, other=0).to(gl.int32)
-            one_scale = gl.load(key_scales + one)
-            two_scale = gl.load(key_scales + two)
+            scales = (row_scale, gl.load(key_scales + one), gl.load(key_scales + two))
             one = gl.load(here + gl.minimum(2, last), mask=some, other=0).to(gl.int32)
             two = gl.load(here + gl.minimum(3, last), mask=some, other=0).to(gl.int32)
         top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
@@ -192,10 +212,7 @@ def consume(
         if listed > 0:
             mbarrier.wait(k_full.index(stage), phase)
             keys = k_steps.index(stage).permute((1, 0))
-            if INT8:
-                summed = int8_scores(q_rows, keys, score)
-            else:
-                summed = scores(q_rows, keys, score, HEAD_DIM)
+            summed = _scores(q_rows, keys, score, HEAD_DIM, INT8)
             score = as_numbers(warpgroup_mma_wait(0, deps=(summed,)))
             mbarrier.arrive(k_empty.index(stage), count=1)
             if whole == 0:
@@ -203,12 +220,7 @@ def consume(
                     0, listed, here, batch, mask, kv_len, KEYS, BLOCK_N, HAS_MASK, key_layout
                 )
                 score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
-            if INT8:
-                exact, _shrink, top, total = int8_softmax_step(
-                    score, top, total, row_scale, one_scale, two_scale
-                )
-            else:
-                exact, _shrink, top, total = _softmax_step(score, top, total, scale2)
+            exact, _shrink, top, total = _weights(score, top, total, scale2, scales, INT8)
             weight = gl.convert_layout(exact.to(dtype), weight_layout)
             step += 1
             after = step % STAGES
@@ -221,14 +233,11 @@ def consume(
                 stage = after
                 phase = after_phase
                 keys = k_steps.index(stage).permute((1, 0))
+                summed = _scores(q_rows, keys, score, HEAD_DIM, INT8)
                 if INT8:
-                    summed = int8_scores(q_rows, keys, score)
-                    one_scale = gl.load(key_scales + one)
-                    two_scale = gl.load(key_scales + two)
+                    scales = (row_scale, gl.load(key_scales + one), gl.load(key_scales + two))
                     one = gl.load(here + gl.minimum(first + 2, last)).to(gl.int32)
                     two = gl.load(here + gl.minimum(first + 3, last)).to(gl.int32)
-                else:
-                    summed = scores(q_rows, keys, score, HEAD_DIM)
                 mbarrier.wait(v_full.index(before), before_phase)
                 if HAS_MASK:
                     if first > whole:
@@ -245,12 +254,7 @@ def consume(
                         key_layout,
                     )  # fmt: skip
                     score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
-                if INT8:
-                    exact, shrink, top, total = int8_softmax_step(
-                        score, top, total, row_scale, one_scale, two_scale
-                    )
-                else:
-                    exact, shrink, top, total = _softmax_step(score, top, total, scale2)
+                exact, shrink, top, total = _weights(score, top, total, scale2, scales, INT8)
                 fresh = exact.to(dtype)
                 # The next keys are awaited here, and the fresh weights go through the wait below,
                 # for what it keeps the assembler from: moving the exponentials behind that wait,
