@@ -46,6 +46,12 @@ class Inputs:
     def to(self, dtype: torch.dtype) -> Inputs:
         return self.replace(q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
 
+    def spoil_hidden(self) -> Inputs:
+        """The same with NaN for the keys and values that a mask hides; there is one."""
+        hidden = ~self.mask[:, None, :, None]
+        k, v = (t.masked_fill(hidden, torch.nan) for t in (self.k, self.v))
+        return self.replace(k=k, v=v)
+
 
 @dataclass(frozen=True)
 class Case:

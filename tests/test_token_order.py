@@ -135,10 +135,7 @@ class TestReference:
         layout, case = drawn
         x = case.make()
         assume(x.mask is not None)
-        hidden = ~x.mask[:, None, :, None]
-        spoilt = x.replace(
-            k=x.k.masked_fill(hidden, torch.nan), v=x.v.masked_fill(hidden, torch.nan)
-        )
+        spoilt = x.spoil_hidden()
         for variant in ("planned", "online mean"):
             got, wanted = (run(variant, y, control(0.6), layout=layout) for y in (spoilt, x))
             assert same_bits(got.out, wanted.out)

@@ -382,10 +382,7 @@ class TestOwnOnGpu:
     def test_hidden_keys_never_matter(self, engine: str, case: Case, dtype: torch.dtype) -> None:
         x = made(case, dtype, engine)
         assume(x.mask is not None)
-        hidden = ~x.mask[:, None, :, None]
-        spoilt = x.replace(
-            k=x.k.masked_fill(hidden, torch.nan), v=x.v.masked_fill(hidden, torch.nan)
-        )
+        spoilt = x.spoil_hidden()
         got, wanted = planned(spoilt, control(0.8), engine), planned(x, control(0.8), engine)
         assert_same_bits(got, wanted)
 

@@ -158,8 +158,7 @@ def test_full_recall_drops_nothing(case: Case, dtype: torch.dtype, engine: str |
 def test_hidden_keys_never_matter(case: Case, dtype: torch.dtype, engine: str | None) -> None:
     x = on_device(case.make(dtype))
     assume(x.mask is not None)
-    hidden = ~x.mask[:, None, :, None]
-    spoilt = x.replace(k=x.k.masked_fill(hidden, torch.nan), v=x.v.masked_fill(hidden, torch.nan))
+    spoilt = x.spoil_hidden()
     got, wanted = (online(inputs, control(0.8), engine=engine) for inputs in (spoilt, x))
     assert same_bits(got.out, wanted.out)
     assert same_bits(got.row_recall, wanted.row_recall)
