@@ -11,6 +11,8 @@ import torch
 
 LIST_ENGINES: Final = ("triton", "hopper", "hopper-int8", "fa4")
 """Of the attention over the lists of the planned filter."""
+HOPPER_ENGINES: Final = ("hopper-int8", "hopper")
+"""Of them those in Gluon, the faster first."""
 ONLINE_ENGINES: Final = ("triton", "hopper")
 """Of the online filter."""
 _HOPPER: Final = 90
@@ -67,9 +69,9 @@ def find_engine(call: Call, wanted: str | None = None) -> str:
         ValueError: the wanted engine does not exist, or cannot compute this call.
     """
     if wanted is None:
-        short = min(call.q_len, call.kv_len) < _INT8_LEAST_LENGTH
-        fitting = (name for name in ("hopper-int8", "hopper") if not lacks(name, call))
-        return next((name for name in fitting if not (short and name == "hopper-int8")), "triton")
+        long = min(call.q_len, call.kv_len) >= _INT8_LEAST_LENGTH
+        worth = HOPPER_ENGINES if long else HOPPER_ENGINES[1:]
+        return next((name for name in worth if not lacks(name, call)), "triton")
     among = ONLINE_ENGINES if call.online else LIST_ENGINES
     if wanted not in among:
         raise ValueError(f"engine must be one of {among} or None, not {wanted!r}")

@@ -185,7 +185,7 @@ def consume(
         listed = gl.load(count + row)
         whole = gl.load(count + total_tiles + row) // PAIR * PAIR
         here = index + row * n_n
-        scales = ()
+        scales = eight  # empty where scores are exact
         if INT8:
             row_scales, row_shifts, key_scales = eight
             at, real = rows_at(

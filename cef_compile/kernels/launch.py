@@ -24,7 +24,7 @@ from cef_compile.kernels.centroids import Centroids, arrange, centroids, in_orde
 from cef_compile.kernels.check import check
 from cef_compile.kernels.descriptor import can_describe
 from cef_compile.kernels.eight_bits import eight_bits
-from cef_compile.kernels.engines import Call, find_engine
+from cef_compile.kernels.engines import HOPPER_ENGINES, Call, find_engine
 from cef_compile.kernels.lists import Lists, heads_together, lists
 from cef_compile.kernels.order import Layout
 from cef_compile.kernels.plan import plan
@@ -117,29 +117,21 @@ def planned(
     if scores not in c.SCORES:
         raise ValueError(f"scores must be one of {c.SCORES}, not {scores!r}")
     tuning = _tuning(q, v)
-    tiled_k, tiled_v, tiled_mask, tokens, exact_tiles = k, v, key_mask, None, None
-    if layout is None:
-        cents = centroids(k, key_mask, variance_factor=variance_factor(scale))
-    else:
-        arranged = arrange(k, key_mask, layout, variance_factor=variance_factor(scale))
-        tiled_k, tiled_mask, tokens = arranged.k, arranged.key_mask, arranged.tokens
-        exact_tiles, cents = layout.exact_tiles, arranged.centroids
-        tiled_v = v.new_empty(*v.shape[:2], layout.length, v.shape[3])
-    partial = tiled_mask is not None or tiled_k.shape[2] % c.BLOCK_N != 0
-    engine = _engine(
-        engine, q, tiled_k, tiled_v, tiled_mask, tokens, compensate=compensate, scores=scores
-    )
+    given = _tiled(k, v, key_mask, layout, variance_factor(scale))
+    cents = given.centroids or centroids(k, key_mask, variance_factor=variance_factor(scale))
+    partial = given.key_mask is not None or given.k.shape[2] % c.BLOCK_N != 0
+    engine = _engine(engine, q, given, compensate=compensate, scores=scores)
     ranked = _rank(
         engine,
         q,
         cents,
         tuning,
         scale=scale,
-        tokens=tokens,
-        exact_tiles=exact_tiles,
+        tokens=given.tokens,
+        exact_tiles=given.exact_tiles,
         keep_energy=rule != "threshold",
     )
-    ranked_at = None if tokens is None else event(v.device)
+    ranked_at = None if given.tokens is None else event(v.device)
     listed, curve, measures = lists(
         ranked.bins,
         ranked.energy,
@@ -149,25 +141,25 @@ def planned(
         rule=rule,
         partial=partial,
         want_kept=compensate,
-        exact_tiles=exact_tiles,
-        together=heads_together(q.shape[1], tiled_k, tiled_v),
+        exact_tiles=given.exact_tiles,
+        together=heads_together(q.shape[1], given.k, given.v),
         engine=engine,
     )
-    if tokens is not None:
+    if given.tokens is not None:
         # Launched after the kernels of the lists, which would else wait for what it leaves free.
         with beside(v.device, ranked_at):
-            in_order(v, tokens, tiled_v)
+            in_order(v, given.tokens, given.v)
     out, lse = _attend(
         engine,
         q,
-        tiled_k,
-        tiled_v,
+        given.k,
+        given.v,
         listed,
         cents,
         tuning,
         scale=scale,
-        key_mask=tiled_mask,
-        tokens=tokens,
+        key_mask=given.key_mask,
+        tokens=given.tokens,
         compensate=compensate,
     )
     if audited:
@@ -175,34 +167,63 @@ def planned(
     return Output(out, lse, curve, measures, listed.index, listed.count[0])
 
 
-def _engine(
-    wanted: str | None,
-    q: Tensor,
+@dataclass(frozen=True)
+class _Tiled:
+    """Keys and values in the order in which tiles are cut.
+
+    Attributes:
+        k, v, key_mask: as they came; with a token order k and mask in it, and memory for v.
+        tokens, exact_tiles: of the token order; None without.
+        centroids: of k, where they came with the order; None without.
+    """
+
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    tokens: Tensor | None = None
+    exact_tiles: tuple[int, int] | None = None
+    centroids: Centroids | None = None
+
+
+def _tiled(
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
-    tokens: Tensor | None,
+    layout: Layout | None,
+    variance_factor: float | None = None,
+) -> _Tiled:
+    if layout is None:
+        return _Tiled(k, v, key_mask)
+    found = arrange(k, key_mask, layout, variance_factor=variance_factor)
+    room = v.new_empty(*v.shape[:2], layout.length, v.shape[3])
+    return _Tiled(found.k, room, found.key_mask, found.tokens, layout.exact_tiles, found.centroids)
+
+
+def _engine(
+    wanted: str | None,
+    q: Tensor,
+    given: _Tiled,
     *,
     compensate: bool = False,
     online: bool = False,
     bound: bool = False,
     scores: str = "exact",
 ) -> str:
-    """The engine of a call, k and v being what it reads."""
+    """The engine of a call."""
     call = Call(
         architecture=_architecture(q.device),
         dtype=q.dtype,
         dim=q.shape[3],
-        value_dim=v.shape[3],
-        described=_descriptors(k, v),
-        masked=key_mask is not None,
-        ordered=tokens is not None,
+        value_dim=given.v.shape[3],
+        described=_descriptors(given.k, given.v),
+        masked=given.key_mask is not None,
+        ordered=given.tokens is not None,
         compensate=compensate,
         online=online,
         bound=bound,
         scores=scores,
         q_len=q.shape[2],
-        kv_len=k.shape[2],
+        kv_len=given.k.shape[2],
     )
     return find_engine(call, wanted)
 
@@ -226,7 +247,7 @@ def _rank(
         warps=tuning.plan_warps,
         stages=tuning.plan_stages,
     )
-    if engine in ("hopper", "hopper-int8"):
+    if engine in HOPPER_ENGINES:
         from cef_compile.kernels import hopper_plan
 
         if hopper_plan.takes(q.shape[3]):
@@ -258,7 +279,7 @@ def _attend(
     compensate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the lists by one of ``LIST_ENGINES``; only the one that runs is imported."""
-    if engine in ("hopper", "hopper-int8"):
+    if engine in HOPPER_ENGINES:
         from cef_compile.kernels import hopper
 
         int8 = None
@@ -343,14 +364,10 @@ def online(
     if certify not in c.CERTIFICATES:
         raise ValueError(f"certify must be one of {c.CERTIFICATES}, not {certify!r}")
     tuning = _tuning(q, v)
-    tiled_k, tiled_v, tiled_mask, tokens, exact_tiles = k, v, key_mask, None, None
-    if layout is not None:
-        arranged = arrange(k, key_mask, layout)
-        tiled_k, tiled_mask, tokens = arranged.k, arranged.key_mask, arranged.tokens
-        tiled_v = v.new_empty(*v.shape[:2], layout.length, v.shape[3])
-        in_order(v, tokens, tiled_v)
-        exact_tiles = layout.exact_tiles
-    engine = _engine(engine, q, tiled_k, tiled_v, tiled_mask, tokens, online=True, bound=bound)
+    given = _tiled(k, v, key_mask, layout)
+    if given.tokens is not None:
+        in_order(v, given.tokens, given.v)
+    engine = _engine(engine, q, given, online=True, bound=bound)
     if engine == "hopper":
         from cef_compile.kernels import hopper_online
 
@@ -359,7 +376,7 @@ def online(
         kernel = functools.partial(
             _online.online,
             bound=bound,
-            descriptors=_descriptors(tiled_k, tiled_v),
+            descriptors=_descriptors(given.k, given.v),
             warps=tuning.online_warps,
             registers=tuning.online_registers,
             eager_stages=tuning.online_eager_stages,
@@ -368,16 +385,16 @@ def online(
     even = c.BLOCK_N / max(k.shape[2], 1)
     out, lse, recall, kept, sums = kernel(
         q,
-        tiled_k,
-        tiled_v,
+        given.k,
+        given.v,
         control,
         scale=scale,
         even=even,
-        key_mask=tiled_mask,
+        key_mask=given.key_mask,
         rule=rule,
         certify=certify,
-        tokens=tokens,
-        exact_tiles=exact_tiles,
+        tokens=given.tokens,
+        exact_tiles=given.exact_tiles,
     )
     measures = ledger.measures(
         sums, control, even, rule=rule, certify=certify, bound=bound, engine=engine

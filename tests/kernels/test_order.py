@@ -64,7 +64,8 @@ def test_arrange(drawn: tuple[Layout, Case], dtype: torch.dtype, strides: str) -
     layout, case = drawn
     x = laid_out(on_device(case.make(dtype)), strides)
     got = arrange(x.k, x.mask, layout, variance_factor=0.5)
-    new_v = in_order(x.v, got.tokens, x.v.new_empty(*x.v.shape[:2], layout.length, x.v.shape[3]))
+    new_v = x.v.new_empty(*x.v.shape[:2], layout.length, x.v.shape[3])
+    in_order(x.v, got.tokens, new_v)
     y = on_cpu(x)
     places = ref.Places.of(layout, y.q.device)
     assert same_bits(got.k.cpu(), places.put(y.k))
@@ -160,8 +161,7 @@ def test_hidden_keys_never_matter(drawn: tuple[Layout, Case], name: str) -> None
     layout, case = drawn
     x = case.make(torch.float16)
     assume(x.mask is not None)
-    hidden = ~x.mask[:, None, :, None]
-    spoilt = x.replace(k=x.k.masked_fill(hidden, torch.nan), v=x.v.masked_fill(hidden, torch.nan))
+    spoilt = x.spoil_hidden()
     got, wanted = (run(name, on_device(y), control(0.6), layout=layout) for y in (spoilt, x))
     assert same_bits(got.out, wanted.out)
     assert same_bits(got.measures, wanted.measures)
