@@ -23,6 +23,7 @@ SLOT = (
     place("_attend", "Write", "hopper_producer.py", "slots.store("),
     place("_attend", "Read", "hopper_consumer.py", "slots.load("),
 )
+IN_KERNEL = SLOT[1].replace("hopper_consumer.py", "hopper.py")
 START = (
     place("_attend", "Read", "hopper.py", "def _attend("),
     place("_attend", "Write", "hopper.py", "gl.warp_specialize("),
@@ -37,7 +38,7 @@ def test_reports_are_found_apart() -> None:
     assert list(reports(OUTPUT.splitlines())) == [report(*SLOT), report(*START, START[0])]
 
 
-@pytest.mark.parametrize("places", [SLOT, START, (*START, START[0])])
+@pytest.mark.parametrize("places", [SLOT, (*SLOT, IN_KERNEL), START, (*START, START[0])])
 def test_what_barriers_guard_is_left_out(places: tuple[str, ...]) -> None:
     assert is_guarded(report(*places))
 
@@ -48,6 +49,7 @@ def test_what_barriers_guard_is_left_out(places: tuple[str, ...]) -> None:
         (SLOT[0], START[0]),
         (*SLOT, place("_attend", "Write", "hopper_consumer.py", "own.store(")),
         (SLOT[0], place("_attend", "Read", "hopper_consumer.py", "slots.load(", more=1)),
+        (SLOT[0], IN_KERNEL.replace("hopper.py", "hopper_online.py")),
         ("Write access at _online+0x10 in hopper_online.py:1",),
         ("Write access at _attend+0x10", SLOT[1]),
         ("Write access at _attend+0x10 in hopper.py:99999", SLOT[1]),
