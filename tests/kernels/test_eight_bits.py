@@ -222,7 +222,7 @@ class TestOnHopper:
         self, engine: str, case: Case, numbers: Tensor, dtype: torch.dtype, layout: str, rule: str
     ) -> None:
         x = laid_out(on_device(case.make(dtype)), layout)
-        got = planned(x, numbers, None, rule=rule)  # it is chosen where it is allowed
+        got = planned(x, numbers, engine, rule=rule)
         assert c.ENGINES[int(got.measures[c.MEASURE_ENGINE])] == engine
         y = on_cpu(x)
         kept = listed(got.index, got.count, visible_tiles(y).shape[1])
