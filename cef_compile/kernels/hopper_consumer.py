@@ -30,6 +30,7 @@ from cef_compile.kernels.products import (
     scores,
     times,
 )
+from cef_compile.kernels.rescale import rescale
 
 _LN2 = gl.constexpr(math.log(2.0))
 _LOG2E = gl.constexpr(math.log2(math.e))
@@ -206,9 +207,13 @@ def consume(
         top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         total = part_sums(gl.zeros([ROWS, KEYS], gl.float32, score_layout))
         accs = no_values(ROWS, VALUE_DIM)
-        weight = gl.zeros([ROWS, KEYS], dtype, weight_layout)
+        exact = gl.zeros([ROWS, KEYS], gl.float32, score_layout)
+        shrink = gl.full([ROWS], 1.0, gl.float32, row_layout)
         stage = step % STAGES
         phase = (step // STAGES) & 1
+        # Memory of values to be freed; a value of its own, since a loop in Triton does not carry a
+        # name for what has another name outside.
+        spent = step % STAGES
         if listed > 0:
             mbarrier.wait(k_full.index(stage), phase)
             keys = k_steps.index(stage).permute((1, 0))
@@ -220,8 +225,7 @@ def consume(
                     0, listed, here, batch, mask, kv_len, KEYS, BLOCK_N, HAS_MASK, key_layout
                 )
                 score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
-            exact, _shrink, top, total = _weights(score, top, total, scale2, scales, INT8)
-            weight = gl.convert_layout(exact.to(dtype), weight_layout)
+            exact, shrink, top, total = _weights(score, top, total, scale2, scales, INT8)
             step += 1
             after = step % STAGES
             after_phase = (step // STAGES) & 1
@@ -234,6 +238,10 @@ def consume(
                 phase = after_phase
                 keys = k_steps.index(stage).permute((1, 0))
                 summed = _scores(q_rows, keys, score, HEAD_DIM, INT8)
+                accs = rescale(accs, shrink)
+                # The group frees memory behind a barrier, which stands where a product runs.
+                mbarrier.arrive(v_empty.index(spent), count=1, pred=first > PAIR)
+                spent = before
                 if INT8:
                     scales = (row_scale, gl.load(key_scales + one), gl.load(key_scales + two))
                     one = gl.load(here + gl.minimum(first + 2, last)).to(gl.int32)
@@ -246,8 +254,10 @@ def consume(
                             kv_len, blanked, blanks & 1, GROUP, BLOCK_N, value_layout,
                         )  # fmt: skip
                         blanks += 1
+                weight = gl.convert_layout(exact.to(dtype), weight_layout)
                 accs = add_values(accs, weight, v_steps.index(before))
                 score = as_numbers(warpgroup_mma_wait(len(accs), deps=(summed,)))
+                mbarrier.arrive(k_empty.index(stage), count=1)
                 if first >= whole:
                     seen = _seen(
                         first, listed, here, batch, mask, kv_len, KEYS, BLOCK_N, HAS_MASK,
@@ -255,22 +265,20 @@ def consume(
                     )  # fmt: skip
                     score = gl.where(gl.expand_dims(seen, 0), score, float("-inf"))
                 exact, shrink, top, total = _weights(score, top, total, scale2, scales, INT8)
-                fresh = exact.to(dtype)
-                # The next keys are awaited here, and the fresh weights go through the wait below,
-                # for what it keeps the assembler from: moving the exponentials behind that wait,
-                # where no product runs beside them. (Triton has no stars in tuples.)
+                # The next keys are awaited here, and the weights go through the wait below, for
+                # what it keeps the assembler from: moving the exponentials behind that wait, where
+                # no product runs beside them. (Triton has no stars in tuples.) They are rounded
+                # beside the next product: a step's weights of 16 bits would be copied to be kept
+                # from one step to the next.
                 step += 1
                 after = step % STAGES
                 after_phase = (step // STAGES) & 1
                 mbarrier.wait(k_full.index(after), after_phase, pred=first + PAIR < listed)
-                waited = warpgroup_mma_wait(0, deps=(weight, fresh) + accs)  # noqa: RUF005
-                fresh = waited[1]
+                waited = warpgroup_mma_wait(0, deps=(weight, exact) + accs)  # noqa: RUF005
+                exact = waited[1]
                 accs = waited[2:]
-                mbarrier.arrive(k_empty.index(stage), count=1)
-                mbarrier.arrive(v_empty.index(before), count=1)
-                accs = times(accs, shrink)
-                weight = gl.convert_layout(fresh, weight_layout)
 
+        mbarrier.arrive(v_empty.index(spent), count=1, pred=listed > PAIR)
         # The next rows are on their way while these are finished.
         mbarrier.wait(slot_full, turn & 1)
         following = gl.max(slots.load(one_layout), 0)
@@ -290,7 +298,8 @@ def consume(
                         mask, kv_len, blanked, blanks & 1, GROUP, BLOCK_N, value_layout,
                     )  # fmt: skip
                     blanks += 1
-            accs = add_values(accs, weight, v_steps.index(stage))
+            weight = gl.convert_layout(exact.to(dtype), weight_layout)
+            accs = add_values(rescale(accs, shrink), weight, v_steps.index(stage))
             accs = warpgroup_mma_wait(0, deps=(weight,) + accs)[1:]  # noqa: RUF005
             mbarrier.arrive(v_empty.index(stage), count=1)
 

@@ -36,6 +36,7 @@ POINTERS = {
     "row_scale": "fp32", "row_shift": "fp32", "key_scale": "fp32",
 }  # fmt: skip
 ALIGNED = {*POINTERS, "q_b", "q_h", "q_l", "out_b", "out_h", "out_l"}
+INSTRUCTION_BYTES = 16
 Built = triton.compiler.CompiledKernel
 
 
@@ -124,15 +125,35 @@ def machine_code(kernel: Built) -> list[str]:
     return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", text, re.MULTILINE)
 
 
+def _waits_beside_product(code: list[str]) -> list[int]:
+    """Where scores are awaited while the product before runs on."""
+    return [
+        at
+        for at, line in enumerate(code)
+        if "WARPGROUP.DEPBAR.LE gsb0, 0x" in line and "0x0" not in line
+    ]
+
+
 def beside_products(code: list[str]) -> list[int]:
     """Exponentials between the wait for the scores and the wait for the product that runs on."""
     found = []
-    for at, line in enumerate(code):
-        if "WARPGROUP.DEPBAR.LE gsb0, 0x" in line and "0x0" not in line:
-            rest = code[at + 1 :]
-            until = next(i for i, other in enumerate(rest) if "WARPGROUP.DEPBAR" in other)
-            found.append(sum("MUFU.EX2" in other for other in rest[:until]))
+    for at in _waits_beside_product(code):
+        rest = code[at + 1 :]
+        until = next(i for i, other in enumerate(rest) if "WARPGROUP.DEPBAR" in other)
+        found.append(sum("MUFU.EX2" in other for other in rest[:until]))
     return found
+
+
+def in_steps(code: list[str], *operations: str) -> int:
+    """How many of these operations stand in the loops over steps."""
+    loops = []
+    for end, line in enumerate(code):
+        branch = re.search(r"BRA 0x([0-9a-f]+)", line)
+        if branch and (begin := int(branch[1], 16) // INSTRUCTION_BYTES) < end:
+            loops.append(range(begin, end))
+    # The shortest loop around each wait that lets a product run on.
+    steps = [min((s for s in loops if at in s), key=len) for at in _waits_beside_product(code)]
+    return sum(name in code[at] for step in steps for at in step for name in operations)
 
 
 def main() -> None:
@@ -146,7 +167,8 @@ def main() -> None:
                 "shared": kernel.metadata.shared,
                 "products": sum("GMMA.64x" in line for line in code),
                 "copies": sum("UTMALDG" in line for line in code),
-                "spills": sum(line.startswith(("STL", "@P0 STL")) for line in code),
+                "spills": sum("STL" in line for line in code),
+                "spills_in_steps": in_steps(code, "STL", "LDL"),
                 "beside": beside_products(code),
             }
         )

@@ -156,7 +156,7 @@ def test_code_for_hopper(
     assert code["copies"] == 2 * (c.tiles(head_dim, 64) + c.tiles(value_dim, 64))
     # A thread has 64 weights of a step, and two rows that shrink.
     assert code["beside"] == [66, 66]
-    assert code["spills"] == 0
+    assert code["spills_in_steps"] == 0
 
 
 @pytest.mark.parametrize(("value_dim", "other"), [(128, False), (64, True)])
@@ -167,7 +167,7 @@ def test_code_of_scores_in_8_bits(value_dim: int, other: bool) -> None:
     assert code["products"] == 2 * 2 * (128 // 32 + 2 * c.BLOCK_N // 16)
     assert code["copies"] == 2 * (1 + c.tiles(value_dim, 64))
     assert code["beside"] == [66, 66]
-    assert code["spills"] == 0
+    assert code["spills_in_steps"] == 0
 
 
 @pytest.mark.parametrize(("dim", "other"), [(128, False), (64, True)])
