@@ -1,0 +1,146 @@
+"""What the kernels in Gluon compute, without a GPU: their groups of warps are threads here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from gluon_threads import load
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import FEWER, assert_output, laid_out
+from support import Case, Inputs, achieved, cases, control, oracle, same_bits, visible_tiles
+from torch import Tensor
+
+from cef_compile.kernels import config as c
+from cef_compile.kernels import reference as ref
+
+PROGRAMS = 3
+"""Of the attention over lists, which take query tiles from a queue."""
+CASES = cases(
+    q_len=st.sampled_from([1, 65, 128, 129, 300]),
+    kv_len=st.sampled_from([1, 65, 200, 700, 1300]),
+    head_dim=st.just(64),
+    value_dim=st.just(64),
+)
+OTHER_DIMS = cases(
+    q_len=st.sampled_from([129]),
+    kv_len=st.sampled_from([65, 1300]),
+    head_dim=st.sampled_from([40, 96, 128]),
+    value_dim=st.sampled_from([24, 72, 128]),
+)
+HALVES = st.sampled_from([torch.float16, torch.bfloat16])
+
+
+def spoilt(x: Inputs) -> Inputs:
+    """Where keys are hidden they and their values are NaN."""
+    return x if x.mask is None else x.spoil_hidden()
+
+
+def lists_of(kept: Tensor, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """index, count, order and queue: tiles whose every key is seen come first."""
+    batch, n_n = kept.shape[0], kept.shape[3]
+    mask = torch.ones(batch, x.k.shape[2], dtype=torch.bool) if x.mask is None else x.mask
+    padded = torch.nn.functional.pad(mask.expand(batch, -1), (0, n_n * c.BLOCK_N - mask.shape[1]))
+    whole = padded.view(batch, 1, 1, n_n, c.BLOCK_N).all(-1).expand_as(kept)
+    key = torch.arange(n_n) + n_n * ~whole + 2 * n_n * ~kept
+    index = key.argsort(-1).to(torch.int16)
+    count = torch.stack([kept.sum(-1), (kept & whole).sum(-1)]).int()
+    order = count[0].flatten().argsort(descending=True).int()
+    return index, count, order, torch.zeros(1, dtype=torch.int32)
+
+
+@given(
+    case=CASES | OTHER_DIMS,
+    dtype=HALVES,
+    layout=st.sampled_from(["bhsd", "bshd"]),
+    density=st.sampled_from([1.0, 0.7, 0.2]),
+)
+def test_attention_over_lists(case: Case, dtype: torch.dtype, layout: str, density: float) -> None:
+    x = laid_out(case.make(dtype), layout)
+    y = spoilt(x)
+    seen = visible_tiles(x)[:, None, None]
+    n_m = c.tiles(case.q_len, c.BLOCK_M)
+    draw = torch.Generator().manual_seed(case.seed)
+    chosen = torch.rand(case.batch, case.heads, n_m, seen.shape[3], generator=draw) < density
+    kept = chosen & seen
+    hopper = load("hopper")
+    hopper._multiprocessors = lambda device: PROGRAMS
+    out, lse = hopper.attend(y.q, y.k, y.v, *lists_of(kept, x), scale=x.scale, key_mask=x.mask)
+    assert_output(x, kept, SimpleNamespace(out=out, lse=lse), compensate=False)
+
+
+WAYS = st.builds(
+    dict,
+    rule=st.sampled_from(c.ONLINE_RULES),
+    certify=st.sampled_from(c.CERTIFICATES),
+)
+CONTROLS = st.one_of(
+    st.builds(control, st.sampled_from([0.3, 0.7, 0.9, 1.0])),
+    st.builds(control, st.just(0.8), log2=st.sampled_from([-6.0, -3.0, -1.0])),
+)
+
+
+@given(case=CASES, dtype=HALVES, way=WAYS, numbers=CONTROLS)
+def test_online(case: Case, dtype: torch.dtype, way: dict[str, str], numbers: Tensor) -> None:
+    x = case.make(dtype)
+    filtered = load("hopper_online").online
+    assert_online(spoilt(x), x, filtered, numbers, way, case.family)
+
+
+@FEWER
+@given(case=CASES, gaps=st.integers(0, 70))
+def test_queries_in_a_token_order(case: Case, gaps: int) -> None:
+    """Rows of q are read and written where an order says, which has places without one."""
+    x = case.make(torch.float16)
+    draw = torch.Generator().manual_seed(case.seed)
+    places = torch.randperm(case.q_len + gaps, generator=draw)[: case.q_len]
+    tokens = torch.full((case.q_len + gaps,), -1, dtype=torch.int32)
+    tokens[places] = torch.arange(case.q_len, dtype=torch.int32)
+    moved = x.q.new_zeros(*x.q.shape[:2], len(tokens), x.q.shape[3])
+    moved[:, :, places] = x.q
+    n_m, n_n = c.tiles(len(tokens), c.BLOCK_M), c.tiles(case.kv_len, c.BLOCK_N)
+    kept = visible_tiles(x)[:, None, None].expand(-1, case.heads, n_m, n_n)
+    options = {"scale": x.scale, "key_mask": x.mask}
+    hopper = load("hopper")
+    hopper._multiprocessors = lambda device: PROGRAMS
+    got = hopper.attend(x.q, x.k, x.v, *lists_of(kept, x), tokens=tokens, **options)
+    wanted = hopper.attend(moved, x.k, x.v, *lists_of(kept, x), **options)
+    assert all(same_bits(g, w[:, :, places]) for g, w in zip(got, wanted, strict=True))
+
+    # At recall 1, where a filter keeps everything.
+    options |= {"even": 1.0, "rule": "max", "certify": "none"}
+    lse = load("hopper_online").online(x.q, x.k, x.v, control(1.0), tokens=tokens, **options)[1]
+    torch.testing.assert_close(lse.double(), oracle(x).lse, rtol=1e-4, atol=1e-3)
+
+
+def assert_online(
+    given: Inputs,
+    x: Inputs,
+    run: Callable[..., tuple[Tensor, ...]],
+    numbers: Tensor,
+    way: dict[str, object],
+    family: str,
+) -> None:
+    """Decisions and results are the reference's."""
+    even = c.BLOCK_N / max(x.k.shape[2], 1)
+    out, lse, recall, kept, sums = run(
+        given.q, given.k, given.v, numbers, scale=x.scale, even=even, key_mask=x.mask, **way
+    )
+    wanted = ref.online(x.q, x.k, x.v, numbers, **x.options, **way)
+    dense = oracle(x)
+    seen = dense.lse != -torch.inf
+    found = achieved(lse, dense)
+    slack = 4 * dense.rounding + 1e-5
+    assert (torch.where(seen, found - recall, 0) >= -slack).all()
+    assert (lse == -torch.inf).equal(~seen)
+    assert sums[0] == kept.sum()
+    same = kept.long().equal(wanted.kept.sum(-1))
+    assert same or family in ("integers", "constant"), "ties are rare elsewhere"
+    if not same:
+        return
+    largest = x.v.double().abs().max()
+    eps = torch.finfo(x.v.dtype).eps
+    off = (out.double() - wanted.out.double()).abs()
+    assert (off <= (4 * eps + slack[..., None]) * largest).all()
