@@ -117,3 +117,5 @@ def copy_block(
         barrier.copies.append(copy)
         if program().chance.random() < 0.5:
             barrier.finish_copies()
+        # Who waits for it already finishes it.
+        program().changed.notify_all()
