@@ -99,6 +99,24 @@ def listed(index: Tensor, count: Tensor, n_n: int) -> Tensor:
     return kept
 
 
+def lists_of(kept: Tensor, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """index, count, order and queue: tiles whose every key is seen come first."""
+    batch, n_n = kept.shape[0], kept.shape[3]
+    mask = torch.ones(batch, x.k.shape[2], dtype=torch.bool) if x.mask is None else x.mask
+    padded = torch.nn.functional.pad(mask.expand(batch, -1), (0, n_n * c.BLOCK_N - mask.shape[1]))
+    whole = padded.view(batch, 1, 1, n_n, c.BLOCK_N).all(-1).expand_as(kept)
+    key = torch.arange(n_n) + n_n * ~whole + 2 * n_n * ~kept
+    index = key.argsort(-1).to(torch.int16)
+    count = torch.stack([kept.sum(-1), (kept & whole).sum(-1)]).int()
+    order = count[0].flatten().argsort(descending=True).int()
+    return index, count, order, torch.zeros(1, dtype=torch.int32)
+
+
+def spoilt(x: Inputs) -> Inputs:
+    """Where keys are hidden they and their values are NaN."""
+    return x if x.mask is None else x.spoil_hidden()
+
+
 def low_precision(x: Inputs, seen: Tensor) -> Tensor:
     """Attention as a framework does it in the dtype of x: what a kernel's error is measured by.
 
@@ -290,8 +308,10 @@ __all__ = [
     "assert_same_bits",
     "laid_out",
     "listed",
+    "lists_of",
     "low_precision",
     "on_cpu",
     "on_device",
+    "spoilt",
     "tie_margin",
 ]

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from gluon_threads import load
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from kernel_cases import (
@@ -20,8 +21,10 @@ from kernel_cases import (
     assert_same_bits,
     laid_out,
     listed,
+    lists_of,
     on_cpu,
     on_device,
+    spoilt,
 )
 from order_cases import layout_cases, permuted
 from support import Case, Inputs, cases, control, same_bits, visible_tiles
@@ -199,6 +202,28 @@ def assert_attention(
     wrong = (lse.double() - exact).masked_fill(empty, 0).abs()
     size = exact.masked_fill(empty, 0).abs() + eight.row_shift.double().abs()
     assert (wrong <= off + terms + 4 * EPS * size).all()
+
+
+class TestOnThreads:
+    """The engine's kernel without a GPU: see ``gluon_threads``."""
+
+    @FEWER
+    @given(case=ON_HOPPER, dtype=HALVES, density=st.sampled_from([1.0, 0.5]))
+    def test_output(self, case: Case, dtype: torch.dtype, density: float) -> None:
+        x = case.make(dtype)
+        seen = visible_tiles(x)[:, None, None]
+        draw = torch.Generator().manual_seed(case.seed)
+        shape = (case.batch, case.heads, c.tiles(case.q_len, c.BLOCK_M), seen.shape[3])
+        kept = seen & (torch.rand(shape, generator=draw) < density)
+        eight = ref.eight_bits(x.q.double(), x.k.double(), x.scale, x.mask)
+        scales = tuple(t.float() for t in (eight.row_scale, eight.row_shift, eight.key_scale))
+        hopper = load("hopper")
+        hopper._multiprocessors = lambda device: 1
+        out, lse = hopper.attend(
+            eight.q, eight.k, spoilt(x).v, *lists_of(kept, x),
+            scale=x.scale, key_mask=x.mask, int8=scales,
+        )  # fmt: skip
+        assert_attention(x, eight, kept, out, lse)
 
 
 def _engines() -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from gluon_threads import load
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import FEWER, assert_output, laid_out
+from kernel_cases import FEWER, assert_output, laid_out, lists_of, spoilt
 from support import Case, Inputs, achieved, cases, control, oracle, same_bits, visible_tiles
 from torch import Tensor
 
@@ -31,24 +31,6 @@ OTHER_DIMS = cases(
     value_dim=st.sampled_from([24, 72, 128]),
 )
 HALVES = st.sampled_from([torch.float16, torch.bfloat16])
-
-
-def spoilt(x: Inputs) -> Inputs:
-    """Where keys are hidden they and their values are NaN."""
-    return x if x.mask is None else x.spoil_hidden()
-
-
-def lists_of(kept: Tensor, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """index, count, order and queue: tiles whose every key is seen come first."""
-    batch, n_n = kept.shape[0], kept.shape[3]
-    mask = torch.ones(batch, x.k.shape[2], dtype=torch.bool) if x.mask is None else x.mask
-    padded = torch.nn.functional.pad(mask.expand(batch, -1), (0, n_n * c.BLOCK_N - mask.shape[1]))
-    whole = padded.view(batch, 1, 1, n_n, c.BLOCK_N).all(-1).expand_as(kept)
-    key = torch.arange(n_n) + n_n * ~whole + 2 * n_n * ~kept
-    index = key.argsort(-1).to(torch.int16)
-    count = torch.stack([kept.sum(-1), (kept & whole).sum(-1)]).int()
-    order = count[0].flatten().argsort(descending=True).int()
-    return index, count, order, torch.zeros(1, dtype=torch.int32)
 
 
 @given(
