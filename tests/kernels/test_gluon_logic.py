@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import torch
 from gluon_threads import load
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from kernel_cases import FEWER, assert_output, laid_out, lists_of, spoilt
+from kernel_cases import FEWER, assert_output, assert_plan, laid_out, lists_of, spoilt
 from support import Case, Inputs, achieved, cases, control, oracle, same_bits, visible_tiles
 from torch import Tensor
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels import reference as ref
+from cef_compile.kernels.ranks import variance_factor
 
 PROGRAMS = 3
 """Of the attention over lists, which take query tiles from a queue."""
@@ -30,7 +31,8 @@ OTHER_DIMS = cases(
     head_dim=st.sampled_from([40, 96, 128]),
     value_dim=st.sampled_from([24, 72, 128]),
 )
-HALVES = st.sampled_from([torch.float16, torch.bfloat16])
+HALF = torch.float16
+HALVES = st.sampled_from([HALF, torch.bfloat16])
 
 
 @given(
@@ -51,6 +53,22 @@ def test_attention_over_lists(case: Case, dtype: torch.dtype, layout: str, densi
     hopper._multiprocessors = lambda device: PROGRAMS
     out, lse = hopper.attend(y.q, y.k, y.v, *lists_of(kept, x), scale=x.scale, key_mask=x.mask)
     assert_output(x, kept, SimpleNamespace(out=out, lse=lse), compensate=False)
+
+
+@FEWER
+@given(case=CASES | OTHER_DIMS, dtype=HALVES)
+@example(case=Case(q_len=70, kv_len=83_000, head_dim=64, seed=3, mask="lengths"), dtype=HALF)
+def test_plan(case: Case, dtype: torch.dtype) -> None:
+    """It is the reference's; of the many keys of one case some scores are computed twice."""
+    x = case.make(dtype)
+    known = ref.centroids(x.k, x.mask)
+    beside = (0, c.padded_dim(case.head_dim) - case.head_dim)
+    parts = (known.mean, known.variance * variance_factor(x.scale))
+    stats = torch.cat([torch.nn.functional.pad(part, beside) for part in parts], -1).to(dtype)
+    ranked = load("hopper_plan").plan(
+        x.q, stats, known.count.int(), scale=x.scale, keep_energy=True
+    )
+    assert_plan(x, ranked)
 
 
 WAYS = st.builds(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
+import itertools
 import random
 import sys
 import types
@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .asynchronous import Mbarrier, copy_block, warpgroup_mma, warpgroup_mma_wait
+from .asynchronous import Mbarrier, copy_block, mma_v2, warpgroup_mma, warpgroup_mma_wait
 from .language import Language
 from .program import Program, let_others, local
 from .values import Descriptor, block, pointer
@@ -44,8 +44,8 @@ class _Jit:
             del num_warps, maxnreg
             arguments = [_argument(x) for x in given]
             chance = random.Random(0)
-            for at in range(math.prod(grid)):
-                local.program = Program((at,), grid, chance)
+            for number in itertools.product(*map(range, grid)):
+                local.program = Program(number, grid, chance)
                 local.group, local.pending = 0, []
                 self.function(*arguments, **constants)
 
@@ -103,6 +103,8 @@ def load(name: str) -> types.ModuleType:
         fence_async_shared=let_others,
         TensorDescriptor=Descriptor,
     )
+    ampere = types.ModuleType("ampere")
+    vars(ampere).update(mma_v2=mma_v2)
     experimental = types.ModuleType("experimental")
     vars(experimental).update(gluon=gluon)
     root = "triton.experimental"
@@ -110,6 +112,7 @@ def load(name: str) -> types.ModuleType:
         root: experimental,
         f"{root}.gluon": gluon,
         f"{root}.gluon.language": language,
+        f"{root}.gluon.language.nvidia.ampere": ampere,
         f"{root}.gluon.language.nvidia.hopper": hopper,
         f"{root}.gluon.nvidia.hopper": hopper,
     }

@@ -61,6 +61,10 @@ def warpgroup_mma_wait(number: int, deps: tuple[Any, ...]) -> Any:
     return found[0] if len(found) == 1 else found
 
 
+def mma_v2(a: Tensor, b: Tensor, acc: Tensor) -> Tensor:
+    return acc + a.float() @ b.float()
+
+
 class Mbarrier(types.ModuleType):
     class MBarrierLayout:
         pass

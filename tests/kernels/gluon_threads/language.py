@@ -26,6 +26,8 @@ def _asm(
     if "vote.sync.any" in text:
         acc, factor = given
         return acc * factor
+    if "set.eq.f16x2" in text:
+        return torch.eq(*given).to(Dtype(torch.float16))
     meets = re.findall(r"barrier\.cta\.(red\.and\.pred all|sync),? (\d+)(?:, (\d+))?", text)
     assert meets, f"no such instruction is known here: {text}"
     groups = int(meets[0][2] or 128) // 128
@@ -74,7 +76,7 @@ class Language(types.ModuleType):
     """gluon.language, as far as the kernels use it."""
 
     float32, float16 = Dtype(torch.float32), Dtype(torch.float16)
-    int32, int64 = Dtype(torch.int32), Dtype(torch.int64)
+    int32, int64, uint8 = Dtype(torch.int32), Dtype(torch.int64), Dtype(torch.uint8)
     static_range = range
 
     def __getattr__(self, name: str) -> Any:
@@ -101,7 +103,7 @@ class Language(types.ModuleType):
             return Barriers(shape[0], program())
         # What nobody has written is no number.
         memory = torch.full((math.prod(shape) * dtype.torch.itemsize,), -1, dtype=torch.int8)
-        return Shared(memory.view(dtype.torch), layout.places(shape))
+        return Shared(memory.view(dtype.torch), layout.places(shape), layout)
 
     program_id = staticmethod(lambda axis: block(program().number[axis]))
     num_programs = staticmethod(lambda axis: program().grid[axis])
@@ -121,6 +123,8 @@ class Language(types.ModuleType):
     log2 = staticmethod(torch.log2)
     floor = staticmethod(torch.floor)
     where = staticmethod(lambda a, b, c: torch.where(block(a), block(b), block(c)))
+    static_assert = staticmethod(lambda sound, text: None)
+    min = staticmethod(lambda x, dim: x.amin(dim))
     cast = staticmethod(lambda x, d: block(x).to(d))
 
     @staticmethod
@@ -170,9 +174,9 @@ class Language(types.ModuleType):
         at.memory[places[kept]] = values[kept].to(at.memory.dtype)
 
     @staticmethod
-    def atomic_add(at: Pointer, value: Any, sem: str) -> Block:
+    def atomic_add(at: Pointer, value: Any, sem: str, mask: Any = None) -> Block:
         del sem
         with program().changed:
-            past = at.memory[int(block(at.at))].clone()
-            at.memory[int(block(at.at))] += int(block(value))
-        return block(past)
+            past = Language.load(at, mask)
+            Language.store(at, past + value, mask)
+        return past

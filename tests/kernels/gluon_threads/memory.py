@@ -33,12 +33,13 @@ class SharedLayout:
 class Shared:
     """Shared memory: bytes, and which of them each element is."""
 
-    def __init__(self, memory: Tensor, places: Tensor) -> None:
+    def __init__(self, memory: Tensor, places: Tensor, layout: SharedLayout | None = None) -> None:
         self.memory = memory
         self.places = places
+        self.numel = places.numel()
         self.shape = list(places.shape)
         self.dtype = Dtype(memory.dtype)
-        self.type = types.SimpleNamespace(layout=None)
+        self.type = types.SimpleNamespace(layout=layout)
 
     @property
     def now(self) -> Tensor:
@@ -54,7 +55,7 @@ class Shared:
         return Shared(self.memory, self.places.permute(*dims))
 
     def _reinterpret(self, dtype: Dtype, shape: Sequence[int], layout: SharedLayout) -> Shared:
-        return Shared(self.memory.view(dtype.torch), layout.places(shape))
+        return Shared(self.memory.view(dtype.torch), layout.places(shape), layout)
 
     def load(self, layout: object = None) -> Block:
         del layout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,10 @@ class Block(Tensor):
     """A tensor or number of a kernel."""
 
     type = types.SimpleNamespace(layout=None)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     # In Triton these make a new value of a name, too.
     __iadd__ = Tensor.__add__
@@ -67,12 +72,13 @@ class Descriptor:
     ) -> None:
         del shape, strides
         self.x = x
-        self.block_type = types.SimpleNamespace(shape=list(block))
+        self.block_shape = list(block)
+        self.block_type = types.SimpleNamespace(shape=self.block_shape)
         self.layout = layout
         self.dtype = Dtype(x.dtype)
 
     def read(self, at: Sequence[int]) -> Tensor:
-        size = self.block_type.shape
+        size = self.block_shape
         found = torch.zeros(size, dtype=self.x.dtype)
         part = self.x[tuple(slice(a, a + n) for a, n in zip(at, size, strict=True))]
         found[tuple(slice(n) for n in part.shape)] = part
