@@ -157,7 +157,7 @@ class Language(types.ModuleType):
     def load(at: Pointer, mask: Any = None, other: Any = 0) -> Block:
         places = block(at.at).as_subclass(Tensor).long()
         if mask is None:
-            return block(at.memory[places])
+            return block(at.memory[places].clone())  # of one place it is a view
         mask = block(mask).as_subclass(Tensor)
         places, mask = torch.broadcast_tensors(places, mask)
         found = at.memory[torch.where(mask, places, 0)]
