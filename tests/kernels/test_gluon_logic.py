@@ -115,6 +115,22 @@ def test_queries_in_a_token_order(case: Case, gaps: int) -> None:
     torch.testing.assert_close(lse.double(), oracle(x).lse, rtol=1e-4, atol=1e-3)
 
 
+@FEWER
+@given(case=CASES, rule=st.sampled_from(c.ONLINE_RULES))
+def test_exact_tiles_are_kept(case: Case, rule: str) -> None:
+    """All that a query tile from the first exact one on sees, and exact key tiles of the others."""
+    x = case.make(torch.float16)
+    n_m, n_n = c.tiles(case.q_len, c.BLOCK_M), c.tiles(case.kv_len, c.BLOCK_N)
+    visible = visible_tiles(x)
+    options = {"scale": x.scale, "key_mask": x.mask, "even": 1.0, "rule": rule, "certify": "none"}
+    numbers = control(0.5, log2=40.0)  # lets everything go that may
+    run = load("hopper_online").online
+    kept = run(x.q, x.k, x.v, numbers, exact_tiles=(n_m - 1, n_n - 1), **options)[3]
+    all_of_them = visible.sum(-1)[:, None].expand(-1, case.heads)
+    assert kept[..., -1].equal(all_of_them.int())
+    assert (kept[..., :-1] >= visible[:, -1:, None].int()).all()
+
+
 def assert_online(
     given: Inputs,
     x: Inputs,
