@@ -33,6 +33,8 @@ class Pending:
 
 
 def warpgroup_mma(a: Any, b: Any, acc: Any, use_acc: bool = True, is_async: bool = False) -> Any:
+    """A product of 64 rows; its operands in shared memory are read when it is done."""
+
     def compute() -> Block:
         left, right = (x.now if isinstance(x, Shared) else x.as_subclass(Tensor) for x in (a, b))
         exact = torch.int32 if left.dtype == torch.int8 else torch.float32
@@ -49,6 +51,7 @@ def warpgroup_mma(a: Any, b: Any, acc: Any, use_acc: bool = True, is_async: bool
 
 
 def warpgroup_mma_wait(number: int, deps: tuple[Any, ...]) -> Any:
+    """Until all but the last so many of the thread's products are done."""
     let_others()
     pending = local.pending
     done, local.pending = (
@@ -62,10 +65,13 @@ def warpgroup_mma_wait(number: int, deps: tuple[Any, ...]) -> Any:
 
 
 def mma_v2(a: Tensor, b: Tensor, acc: Tensor) -> Tensor:
+    """A product of registers, done at once."""
     return acc + a.float() @ b.float()
 
 
 class Mbarrier(types.ModuleType):
+    """gluon.language.nvidia.hopper.mbarrier."""
+
     class MBarrierLayout:
         pass
 
@@ -107,6 +113,7 @@ class Mbarrier(types.ModuleType):
 def copy_block(
     desc: Descriptor, at: Sequence[Any], of: Any, to: Shared, pred: object = True
 ) -> None:
+    """A copy by TMA: now, or when it is awaited."""
     let_others()
     if not bool(pred):
         return

@@ -123,7 +123,6 @@ class Language(types.ModuleType):
     log2 = staticmethod(torch.log2)
     floor = staticmethod(torch.floor)
     where = staticmethod(lambda a, b, c: torch.where(block(a), block(b), block(c)))
-    static_assert = staticmethod(lambda sound, text: None)
     min = staticmethod(lambda x, dim: x.amin(dim))
     cast = staticmethod(lambda x, d: block(x).to(d))
 
@@ -131,6 +130,10 @@ class Language(types.ModuleType):
     def full(shape: Sequence[int], value: Any, d: Dtype, layout: object = None) -> Block:
         del layout
         return block(torch.full(shape, value, dtype=d.torch))
+
+    @staticmethod
+    def static_assert(sound: bool, text: str) -> None:
+        assert sound, text
 
     @staticmethod
     def convert_layout(x: Any, layout: object, assert_trivial: bool = False) -> Any:

@@ -26,6 +26,7 @@ class Program:
         self.words: list[Any] = []
 
     def wait(self, done: Callable[[], bool]) -> None:
+        """Until that is so, with the lock held while it is asked for."""
         with self.changed:
             if not self.changed.wait_for(lambda: done() or self.failed, PATIENCE_S):
                 self.failed = TimeoutError("groups of warps wait for each other")
@@ -44,6 +45,7 @@ class Program:
 
 
 def program() -> Program:
+    """That of this thread."""
     return local.program
 
 

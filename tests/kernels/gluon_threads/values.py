@@ -44,6 +44,7 @@ class Block(Tensor):
 
 
 def block(x: object) -> Block:
+    """A tensor or number as kernels have it."""
     return (x if isinstance(x, Tensor) else torch.tensor(x)).as_subclass(Block)
 
 
