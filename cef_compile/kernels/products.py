@@ -72,9 +72,15 @@ def add_values(accs, weight, values):
 
 
 @gluon.jit
-def _times_one(acc, factor):
+def beside_rows(acc, factor):
+    """A factor of each row ``[ROWS, 1]``, laid out as the accumulator is."""
     layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    return acc * gl.expand_dims(gl.convert_layout(factor, layout), 1)
+    return gl.expand_dims(gl.convert_layout(factor, layout), 1)
+
+
+@gluon.jit
+def _times_one(acc, factor):
+    return acc * beside_rows(acc, factor)
 
 
 @gluon.jit

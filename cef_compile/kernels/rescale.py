@@ -10,6 +10,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from cef_compile.kernels.products import beside_rows
+
 _THREADS = gl.constexpr(128)
 """Of a group of warps, which has the accumulators."""
 
@@ -46,10 +48,8 @@ def _operands(n):
 
 @gluon.jit
 def _rescale_one(acc, factor):
-    layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     OWN: gl.constexpr = acc.shape[0] * acc.shape[1] // _THREADS
-    factor = gl.expand_dims(gl.convert_layout(factor, layout), 1)
-    acc, factor = gl.broadcast(acc, factor)
+    acc, factor = gl.broadcast(acc, beside_rows(acc, factor))
     return gl.inline_asm_elementwise(
         _multiply_unless_all_one(OWN), _operands(OWN), [acc, factor], gl.float32, False, OWN
     )
