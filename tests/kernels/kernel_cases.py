@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gluon_threads import load
 from hypothesis import settings
 from hypothesis import strategies as st
 from support import Case, Inputs, by_element, cases, control, oracle, same_bits, visible_tiles
@@ -28,6 +29,9 @@ MARKS = [pytest.mark.gpu] if ON_GPU else []
 # The interpreter's dot is wrong for bf16 (Triton 3.6 to 3.8), so bf16 is left to the GPU.
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)[: 3 if ON_GPU else 2]
 LAYOUTS = ("bhsd", "bshd", "mixed", "expanded", "offset", "channels_first")
+
+PROGRAMS = 3
+"""Of the attention over lists on threads, which take query tiles from a queue."""
 
 # The interpreter takes half a second where the reference takes a millisecond.
 FEWER = settings(max_examples=max(10, settings.default.max_examples // 2))
@@ -97,6 +101,23 @@ def listed(index: Tensor, count: Tensor, n_n: int) -> Tensor:
         assert len(tiles.unique()) == len(tiles), "a tile is listed twice"
         kept[b, h, t, tiles] = True
     return kept
+
+
+def drawn_tiles(case: Case, x: Inputs, density: float) -> Tensor:
+    """Visible tiles of which about so many are kept, bool ``[B, H, Tm, Tn]``."""
+    seen = visible_tiles(x)[:, None, None]
+    draw = torch.Generator().manual_seed(case.seed)
+    shape = (case.batch, case.heads, c.tiles(case.q_len, c.BLOCK_M), seen.shape[3])
+    return seen & (torch.rand(shape, generator=draw) < density)
+
+
+def attend_on_threads(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, x: Inputs, **options
+) -> tuple[Tensor, Tensor]:
+    """Attention over lists by the kernel in Gluon, without a GPU: see ``gluon_threads``."""
+    hopper = load("hopper")
+    hopper._multiprocessors = lambda device: PROGRAMS
+    return hopper.attend(q, k, v, *lists_of(kept, x), scale=x.scale, key_mask=x.mask, **options)
 
 
 def lists_of(kept: Tensor, x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -306,9 +327,10 @@ __all__ = [
     "assert_plan",
     "assert_replays",
     "assert_same_bits",
+    "attend_on_threads",
+    "drawn_tiles",
     "laid_out",
     "listed",
-    "lists_of",
     "low_precision",
     "on_cpu",
     "on_device",

@@ -7,7 +7,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-from gluon_threads import load
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from kernel_cases import (
@@ -19,9 +18,10 @@ from kernel_cases import (
     assert_nan_row_keeps_to_itself,
     assert_replays,
     assert_same_bits,
+    attend_on_threads,
+    drawn_tiles,
     laid_out,
     listed,
-    lists_of,
     on_cpu,
     on_device,
     spoilt,
@@ -211,18 +211,10 @@ class TestOnThreads:
     @given(case=ON_HOPPER, dtype=HALVES, density=st.sampled_from([1.0, 0.5]))
     def test_output(self, case: Case, dtype: torch.dtype, density: float) -> None:
         x = case.make(dtype)
-        seen = visible_tiles(x)[:, None, None]
-        draw = torch.Generator().manual_seed(case.seed)
-        shape = (case.batch, case.heads, c.tiles(case.q_len, c.BLOCK_M), seen.shape[3])
-        kept = seen & (torch.rand(shape, generator=draw) < density)
+        kept = drawn_tiles(case, x, density)
         eight = ref.eight_bits(x.q.double(), x.k.double(), x.scale, x.mask)
         scales = tuple(t.float() for t in (eight.row_scale, eight.row_shift, eight.key_scale))
-        hopper = load("hopper")
-        hopper._multiprocessors = lambda device: 1
-        out, lse = hopper.attend(
-            eight.q, eight.k, spoilt(x).v, *lists_of(kept, x),
-            scale=x.scale, key_mask=x.mask, int8=scales,
-        )  # fmt: skip
+        out, lse = attend_on_threads(eight.q, eight.k, spoilt(x).v, kept, x, int8=scales)
         assert_attention(x, eight, kept, out, lse)
 
 

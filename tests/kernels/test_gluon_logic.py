@@ -9,7 +9,15 @@ import torch
 from gluon_threads import load
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kernel_cases import FEWER, assert_output, assert_plan, laid_out, lists_of, spoilt
+from kernel_cases import (
+    FEWER,
+    assert_output,
+    assert_plan,
+    attend_on_threads,
+    drawn_tiles,
+    laid_out,
+    spoilt,
+)
 from support import Case, Inputs, achieved, cases, control, oracle, same_bits, visible_tiles
 from torch import Tensor
 
@@ -17,8 +25,6 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels import reference as ref
 from cef_compile.kernels.ranks import variance_factor
 
-PROGRAMS = 3
-"""Of the attention over lists, which take query tiles from a queue."""
 CASES = cases(
     q_len=st.sampled_from([1, 65, 128, 129, 300]),
     kv_len=st.sampled_from([1, 65, 200, 700, 1300]),
@@ -44,14 +50,8 @@ HALVES = st.sampled_from([HALF, torch.bfloat16])
 def test_attention_over_lists(case: Case, dtype: torch.dtype, layout: str, density: float) -> None:
     x = laid_out(case.make(dtype), layout)
     y = spoilt(x)
-    seen = visible_tiles(x)[:, None, None]
-    n_m = c.tiles(case.q_len, c.BLOCK_M)
-    draw = torch.Generator().manual_seed(case.seed)
-    chosen = torch.rand(case.batch, case.heads, n_m, seen.shape[3], generator=draw) < density
-    kept = chosen & seen
-    hopper = load("hopper")
-    hopper._multiprocessors = lambda device: PROGRAMS
-    out, lse = hopper.attend(y.q, y.k, y.v, *lists_of(kept, x), scale=x.scale, key_mask=x.mask)
+    kept = drawn_tiles(case, x, density)
+    out, lse = attend_on_threads(y.q, y.k, y.v, kept, x)
     assert_output(x, kept, SimpleNamespace(out=out, lse=lse), compensate=False)
 
 
@@ -102,15 +102,12 @@ def test_queries_in_a_token_order(case: Case, gaps: int) -> None:
     moved[:, :, places] = x.q
     n_m, n_n = c.tiles(len(tokens), c.BLOCK_M), c.tiles(case.kv_len, c.BLOCK_N)
     kept = visible_tiles(x)[:, None, None].expand(-1, case.heads, n_m, n_n)
-    options = {"scale": x.scale, "key_mask": x.mask}
-    hopper = load("hopper")
-    hopper._multiprocessors = lambda device: PROGRAMS
-    got = hopper.attend(x.q, x.k, x.v, *lists_of(kept, x), tokens=tokens, **options)
-    wanted = hopper.attend(moved, x.k, x.v, *lists_of(kept, x), **options)
+    got = attend_on_threads(x.q, x.k, x.v, kept, x, tokens=tokens)
+    wanted = attend_on_threads(moved, x.k, x.v, kept, x)
     assert all(same_bits(g, w[:, :, places]) for g, w in zip(got, wanted, strict=True))
 
     # At recall 1, where a filter keeps everything.
-    options |= {"even": 1.0, "rule": "max", "certify": "none"}
+    options = {"scale": x.scale, "key_mask": x.mask, "even": 1.0, "rule": "max", "certify": "none"}
     lse = load("hopper_online").online(x.q, x.k, x.v, control(1.0), tokens=tokens, **options)[1]
     torch.testing.assert_close(lse.double(), oracle(x).lse, rtol=1e-4, atol=1e-3)
 

@@ -34,7 +34,6 @@ class _Jit:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.arg_names = list(function.__code__.co_varnames[: function.__code__.co_argcount])
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         return self.function(*given, **named)
@@ -46,7 +45,7 @@ class _Jit:
             chance = random.Random(0)
             for number in itertools.product(*map(range, grid)):
                 local.program = Program(number, grid, chance)
-                local.group, local.pending = 0, []
+                local.pending = []
                 self.function(*arguments, **constants)
 
         return launch

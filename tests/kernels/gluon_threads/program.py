@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
-from typing import Any
 
 PATIENCE_S = 20.0
 """After which threads that wait for each other are called a deadlock."""
 local = threading.local()
-"""Of a thread: its program, the number of its group, and its products that are under way."""
+"""Of a thread: its program, and its products that are under way."""
 
 
 class Program:
@@ -22,8 +21,6 @@ class Program:
         self.chance = chance
         self.changed = threading.Condition()
         self.failed: BaseException | None = None
-        self.meeting = threading.Barrier(1)
-        self.words: list[Any] = []
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Until that is so, with the lock held while it is asked for."""
@@ -32,16 +29,6 @@ class Program:
                 self.failed = TimeoutError("groups of warps wait for each other")
             if self.failed:
                 raise self.failed
-
-    def exchange(self, groups: int, group: int, word: object) -> list[Any]:
-        """What each group says, once all have."""
-        if groups == 1:
-            return [word]
-        self.words[group] = word
-        self.meeting.wait(PATIENCE_S)
-        said = list(self.words)
-        self.meeting.wait(PATIENCE_S)
-        return said
 
 
 def program() -> Program:
