@@ -443,7 +443,8 @@ def _online(
     gone = gathered == 0
     mean = acc * (tl.exp2(acc_top - anchor) / tl.where(gone, 1.0, gathered))[:, None]
     met = gathered + lost
-    mine = tl.where(met == 0, 1.0, gathered / met)
+    # Rounded as it should be: all of what was met is not a little less than all.
+    mine = tl.where(met == 0, 1.0, tl.div_rn(gathered, met))
     to = batch_head.to(tl.int64) * q_len + at
     tl.store(lse + to, (top + tl.log2(gathered)) * _LN2, mask=real)
     tl.store(recall + to, mine, mask=real)
