@@ -325,7 +325,7 @@ def online() -> Iterator[Row]:
     runs += [({"certify": way}, control(0.9)) for way in ("mean", "row")]
     for options, numbers in runs:
         name = ", ".join(["online", *(f"{key} {value}" for key, value in options.items())])
-        for engine in online_engines(q, HEAD_DIM, bound=bool(options.get("bound"))):
+        for engine in online_engines(q, HEAD_DIM):
             yield filtered(name, shape, base, qkv, numbers, launch.online, **options, engine=engine)
 
 

@@ -148,9 +148,9 @@ def list_engines(q: Tensor, dim: int) -> list[str]:
     return [name for name in LIST_ENGINES if not lacks(name, call)]
 
 
-def online_engines(q: Tensor, dim: int, *, bound: bool) -> list[str]:
+def online_engines(q: Tensor, dim: int) -> list[str]:
     """Engines that are there for the online filter, on the device of ``q``."""
-    call = Call(launch._architecture(q.device), q.dtype, dim, dim, online=True, bound=bound)
+    call = Call(launch._architecture(q.device), q.dtype, dim, dim, online=True)
     return [name for name in ONLINE_ENGINES if not lacks(name, call)]
 
 

@@ -35,6 +35,10 @@ their order, and 2^31 rows still fit int64."""
 ONLINE_SUMS: Final = 5
 """Integers that the online kernels sum up: kept and visible tile pairs, recall of the rows in
 ``RECALL_UNIT``, rows that see a key, and rows that are NaN."""
+JUDGED_WHOLE: Final = 2
+"""What a kernel that only decides writes of a kept tile whose keys are all visible ..."""
+JUDGED_PARTLY: Final = 1
+"""... and of one with hidden keys. Of all others it writes 0."""
 COUNT_BLOCK: Final = 16
 """Key tiles whose mask the online kernels look at in one step when they count visible tiles."""
 RECALL_UNIT: Final = 2**30

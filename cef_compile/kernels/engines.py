@@ -18,7 +18,7 @@ ONLINE_ENGINES: Final = ("triton", "hopper")
 _HOPPER: Final = 90
 """Compute capability whose instructions the hopper engine is written in; newer GPUs lack them."""
 _HEAD_DIMS: Final = (64, 128)
-"""Of k and v alike."""
+"""Of k and v alike, for FlashAttention-4; of k, for what decides in the online filter on Hopper."""
 _HOPPER_LIST_DIMS: Final = range(8, 129, 8)
 """Of k and v each, for the hopper engine over lists."""
 _INT8_HEAD_DIM: Final = 128
@@ -42,7 +42,7 @@ class Call:
         ordered: there is a token order.
         compensate: dropped tiles are put back as pseudo-tokens.
         online: it is the online filter's, not one over lists.
-        bound: tiles are judged by bounds of their energy.
+        bound, certified: its tiles are judged by bounds of their energy; with a certificate.
         scores: one of ``SCORES``, what is allowed.
         q_len, kv_len: of the tokens that are read.
     """
@@ -57,6 +57,7 @@ class Call:
     compensate: bool = False
     online: bool = False
     bound: bool = False
+    certified: bool = False
     scores: str = "exact"
     q_len: int = 0
     kv_len: int = 0
@@ -69,6 +70,8 @@ def find_engine(call: Call, wanted: str | None = None) -> str:
         ValueError: the wanted engine does not exist, or cannot compute this call.
     """
     if wanted is None:
+        if call.bound and not call.certified:
+            return "triton"  # as fast or faster at every density, with the least to compute
         long = min(call.q_len, call.kv_len) >= _INT8_LEAST_LENGTH
         worth = HOPPER_ENGINES if long else HOPPER_ENGINES[1:]
         return next((name for name in worth if not lacks(name, call)), "triton")
@@ -97,12 +100,12 @@ def lacks(engine: str, call: Call) -> str:
         return f"dtype {call.dtype}"
     if call.compensate:
         return "compensate=True"
-    if call.bound:
-        return "bound=True"
     dims = f"head_dim {call.dim} and {call.value_dim}"
-    if engine == "hopper" and not call.online:
+    if engine == "hopper":
         if not {call.dim, call.value_dim} <= set(_HOPPER_LIST_DIMS):
             return f"{dims}, not multiples of 8 up to {max(_HOPPER_LIST_DIMS)}"
+        if call.online and call.dim not in _HEAD_DIMS:
+            return f"head_dim {call.dim}, not one of {_HEAD_DIMS}"
     elif call.dim != call.value_dim or call.dim not in _HEAD_DIMS:
         return f"{dims}, not one of {_HEAD_DIMS} for both"
     if engine == "hopper":

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from cef_compile.kernels.check import check
 from cef_compile.kernels.descriptor import can_describe
 from cef_compile.kernels.eight_bits import eight_bits
 from cef_compile.kernels.engines import HOPPER_ENGINES, Call, find_engine
-from cef_compile.kernels.lists import Lists, heads_together, lists
+from cef_compile.kernels.lists import Lists, heads_together, judged_lists, lists
 from cef_compile.kernels.order import Layout
 from cef_compile.kernels.plan import plan
 from cef_compile.kernels.ranks import Plan, variance_factor
@@ -207,6 +208,7 @@ def _engine(
     compensate: bool = False,
     online: bool = False,
     bound: bool = False,
+    certified: bool = False,
     scores: str = "exact",
 ) -> str:
     """The engine of a call."""
@@ -221,6 +223,7 @@ def _engine(
         compensate=compensate,
         online=online,
         bound=bound,
+        certified=certified,
         scores=scores,
         q_len=q.shape[2],
         kv_len=given.k.shape[2],
@@ -288,17 +291,7 @@ def _attend(
             q, k = eight.q, eight.k
             int8 = (eight.row_scale, eight.row_shift, eight.key_scale)
         return hopper.attend(
-            q,
-            k,
-            v,
-            listed.index,
-            listed.count,
-            listed.order,
-            listed.queue,
-            scale=scale,
-            key_mask=key_mask,
-            tokens=tokens,
-            int8=int8,
+            q, k, v, *listed.queued, scale=scale, key_mask=key_mask, tokens=tokens, int8=int8
         )
     if engine == "fa4":
         from cef_compile.kernels import fa4
@@ -367,35 +360,49 @@ def online(
     given = _tiled(k, v, key_mask, layout)
     if given.tokens is not None:
         in_order(v, given.tokens, given.v)
-    engine = _engine(engine, q, given, online=True, bound=bound)
+    engine = _engine(engine, q, given, online=True, bound=bound, certified=certify != "none")
+    even = c.BLOCK_N / max(k.shape[2], 1)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "even": even,
+        "key_mask": given.key_mask,
+        "rule": rule,
+        "certify": certify,
+        "bound": bound,
+        "tokens": given.tokens,
+        "exact_tiles": given.exact_tiles,
+    }
     if engine == "hopper":
-        from cef_compile.kernels import hopper_online
+        from cef_compile.kernels import hopper, hopper_judge
 
-        kernel = hopper_online.online
+        judged, recall, kept, sums = hopper_judge.judge(q, given.k, control, **options)
+        listed = judged_lists(
+            judged,
+            partial=given.key_mask is not None or given.k.shape[2] % c.BLOCK_N != 0,
+            together=heads_together(q.shape[1], given.k, given.v),
+        )
+        out, lse = hopper.attend(
+            q,
+            given.k,
+            given.v,
+            *listed.queued,
+            scale=scale,
+            key_mask=given.key_mask,
+            tokens=given.tokens,
+        )
     else:
-        kernel = functools.partial(
-            _online.online,
-            bound=bound,
+        out, lse, recall, kept, sums = _online.online(
+            q,
+            given.k,
+            given.v,
+            control,
+            **options,
             descriptors=_descriptors(given.k, given.v),
             warps=tuning.online_warps,
             registers=tuning.online_registers,
             eager_stages=tuning.online_eager_stages,
             stages=tuning.online_stages,
         )
-    even = c.BLOCK_N / max(k.shape[2], 1)
-    out, lse, recall, kept, sums = kernel(
-        q,
-        given.k,
-        given.v,
-        control,
-        scale=scale,
-        even=even,
-        key_mask=given.key_mask,
-        rule=rule,
-        certify=certify,
-        tokens=given.tokens,
-        exact_tiles=given.exact_tiles,
-    )
     measures = ledger.measures(
         sums, control, even, rule=rule, certify=certify, bound=bound, engine=engine
     )

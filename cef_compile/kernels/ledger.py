@@ -17,19 +17,30 @@ _WARPS = 4
 def outputs(
     q: Tensor, value_dim: int, query_tiles: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for out, lse, recall, kept and sums, of which the sums begin at 0.
+    """Memory for out, lse, recall, kept and sums.
 
     Returns:
-        out ``[B, H, q_len, Dv]`` in (B, q_len, H, Dv) memory order; lse and recall, float32
-        ``[B, H, q_len]``; kept int32 ``[B, H, Tm]``; sums int64 ``[ONLINE_SUMS]``.
+        out ``[B, H, q_len, Dv]`` in (B, q_len, H, Dv) memory order; lse, float32
+        ``[B, H, q_len]``; and what :func:`accounts` returns.
     """
     batch, heads, q_len, _ = q.shape
     out = q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    recall = torch.empty_like(lse)
+    return out, lse, *accounts(q, query_tiles)
+
+
+def accounts(q: Tensor, query_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what a filter says of itself, of which the sums begin at 0.
+
+    Returns:
+        recall, float32 ``[B, H, q_len]``; kept int32 ``[B, H, Tm]``; sums int64
+        ``[ONLINE_SUMS]``.
+    """
+    batch, heads, q_len, _ = q.shape
+    recall = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     kept = torch.empty(batch, heads, query_tiles, dtype=torch.int32, device=q.device)
     sums = torch.zeros(c.ONLINE_SUMS, dtype=torch.int64, device=q.device)
-    return out, lse, recall, kept, sums
+    return recall, kept, sums
 
 
 def measures(

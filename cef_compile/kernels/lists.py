@@ -59,6 +59,11 @@ class Lists:
     queue: Tensor
     kept: Tensor | None
 
+    @property
+    def queued(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What programs need that take query tiles from the queue."""
+        return self.index, self.count, self.order, self.queue
+
 
 def heads_together(heads: int, k: Tensor, v: Tensor) -> int:
     """Heads whose keys and values fit into the cache, to be given to :func:`lists`.
@@ -113,12 +118,7 @@ def lists(
     """
     batch, heads, n_m, n_n = bins.shape
     device = bins.device
-    dtype = torch.int16 if n_n <= c.INT16_TILES else torch.int32
-    index = torch.empty(bins.shape, dtype=dtype, device=device)
-    counts = torch.empty(2, batch, heads, n_m, dtype=torch.int32, device=device)
-    order = torch.empty(batch * heads * n_m, dtype=torch.int32, device=device)
-    queue = torch.empty(1, dtype=torch.int32, device=device)
-    kept = torch.empty_like(bins) if want_kept else None
+    found = _room(bins, want_kept)
     curve = torch.empty(histogram.shape, device=device)
     measures = torch.empty(c.MEASURE_SIZE, device=device)
     taken = histogram if rule == "threshold" else torch.zeros(2, dtype=torch.int64, device=device)
@@ -130,13 +130,13 @@ def lists(
         count,
         histogram,
         control,
-        index,
-        counts,
-        bins if kept is None else kept,
+        found.index,
+        found.count,
+        bins if found.kept is None else found.kept,
         taken,
         curve,
         measures,
-        queue,
+        found.queue,
         n_n if total else 0,
         0 if count.shape[0] == 1 else n_n,
         total,
@@ -145,7 +145,7 @@ def lists(
         PARTIAL=partial,
         WANT_KEPT=want_kept,
         USED=c.ENGINES.index(engine),
-        STEP=min(_LIST_BLOCK, triton.next_power_of_2(max(n_n, 1))),
+        STEP=_list_block(n_n),
         num_warps=_WARPS,
     )
     if rule != "threshold":
@@ -155,12 +155,69 @@ def lists(
             measures,
             num_warps=_WARPS,
         )
+    _take_longest_first(found, together)
+    return found, curve, measures
+
+
+def judged_lists(judged: Tensor, *, partial: bool, together: int) -> Lists:
+    """Compact lists of the tiles that a kernel of the online filter keeps.
+
+    Args:
+        judged: uint8 ``[B, H, Tm, Tn]``, ``JUDGED_WHOLE`` or ``JUDGED_PARTLY`` where a tile is
+            kept, else 0.
+        partial, together: as for :func:`lists`.
+    """
+    batch, heads, n_m, n_n = judged.shape
+    found = _room(judged, want_kept=False)
+    _judged[(max(n_m, 1), max(heads, 1), max(batch, 1))](
+        judged,
+        found.index,
+        found.count,
+        found.queue,
+        n_n if judged.numel() else 0,
+        batch * heads * n_m,
+        PARTIAL=partial,
+        WHOLE=c.JUDGED_WHOLE,
+        PARTLY=c.JUDGED_PARTLY,
+        STEP=_list_block(n_n),
+        num_warps=_WARPS,
+    )
+    _take_longest_first(found, together)
+    return found
+
+
+def _room(pairs: Tensor, want_kept: bool) -> Lists:
+    """Memory for lists; ``pairs`` is uint8 ``[B, H, Tm, Tn]``."""
+    batch, heads, n_m, n_n = pairs.shape
+    device = pairs.device
+    dtype = torch.int16 if n_n <= c.INT16_TILES else torch.int32
+    return Lists(
+        index=torch.empty(pairs.shape, dtype=dtype, device=device),
+        count=torch.empty(2, batch, heads, n_m, dtype=torch.int32, device=device),
+        order=torch.empty(batch * heads * n_m, dtype=torch.int32, device=device),
+        queue=torch.empty(1, dtype=torch.int32, device=device),
+        kept=torch.empty_like(pairs) if want_kept else None,
+    )
+
+
+def _list_block(n_n: int) -> int:
+    return min(_LIST_BLOCK, triton.next_power_of_2(max(n_n, 1)))
+
+
+def _take_longest_first(found: Lists, together: int) -> None:
+    """Fills in the order."""
+    total = len(found.order)
     if total:
-        span = min(together * n_m, total)
+        span = min(together * found.index.shape[2], total)
         _order[(triton.cdiv(span, _ORDER_BLOCK), triton.cdiv(total, span))](
-            counts, order, span, total, BLOCK=_ORDER_BLOCK, OTHERS=_ORDER_OTHERS, num_warps=_WARPS
+            found.count,
+            found.order,
+            span,
+            total,
+            BLOCK=_ORDER_BLOCK,
+            OTHERS=_ORDER_OTHERS,
+            num_warps=_WARPS,
         )
-    return Lists(index, counts, order, queue, kept), curve, measures
 
 
 @triton.jit
@@ -360,6 +417,33 @@ def _lists(
     if RULE != "threshold":
         tl.atomic_add(taken, tl.floor(mass * _ENERGY_UNIT + 0.5).to(tl.int64), sem="relaxed")
         tl.atomic_add(taken + 1, tl.cast(listed, tl.int64), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["total"])
+def _judged(
+    judged, index, counts, queue, n_n, total,
+    PARTIAL: tl.constexpr, WHOLE: tl.constexpr, PARTLY: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One program per (query tile, head, batch): its list from the verdicts on all key tiles."""
+    n_m, heads = tl.num_programs(0), tl.num_programs(1)
+    row = (tl.program_id(2).to(tl.int64) * heads + tl.program_id(1)) * n_m + tl.program_id(0)
+    if row == 0:
+        tl.store(queue, 0)
+    judged += row * n_n
+    index += row * n_n
+    listed = 0
+    whole = 0
+    for phase in tl.static_range(2 if PARTIAL else 1):
+        for start in range(0, n_n, STEP):
+            at = start + tl.arange(0, STEP)
+            keep = tl.load(judged + at, mask=at < n_n, other=0) == (PARTLY if phase else WHOLE)
+            place = listed + tl.cumsum(keep.to(tl.int32), 0) - 1
+            tl.store(index + place, at.to(index.dtype.element_ty), mask=keep)
+            listed += tl.sum(keep.to(tl.int32), 0)
+        if phase == 0:
+            whole = listed
+    tl.store(counts + row, listed, mask=row < total)
+    tl.store(counts + total + row, whole, mask=row < total)
 
 
 @triton.jit(do_not_specialize=["span", "total"])

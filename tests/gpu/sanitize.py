@@ -29,7 +29,8 @@ def main() -> None:
             )
             launch.planned(q, k, v, numbers, rule=rule, **options)
         for certify in c.CERTIFICATES:
-            launch.online(q, k, v, numbers, certify=certify, **options)
+            for bound in (False, True):
+                launch.online(q, k, v, numbers, certify=certify, bound=bound, **options)
         eight = Call(launch._architecture(q.device), q.dtype, dim, dim, scores="int8")
         if engine is None and not lacks("hopper-int8", eight):
             wanted = {"scores": "int8", "engine": "hopper-int8"}

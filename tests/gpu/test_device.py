@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +19,7 @@ RUNS = {
     "top_k": (launch.planned, {"rule": "top_k"}),
     "top_p": (launch.planned, {"rule": "top_p"}),
     "online": (launch.online, {"certify": "none"}),
+    "online by bounds": (launch.online, {"certify": "none", "bound": True}),
     "certified": (launch.online, {"certify": "mean"}),
 }
 
@@ -147,11 +146,12 @@ def test_pointers_equal_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = attention_like(1, 2, 1000, 128, kv_len=1500)
     numbers = control(0.8).cuda()
     # Of the engines only "triton" reads either way.
-    for function in (partial(launch.planned, engine="triton"), launch.online):
-        fast = function(q, k, v, numbers, scale=0.09)
+    options = {"scale": 0.09, "engine": "triton"}
+    for function in (launch.planned, launch.online):
+        fast = function(q, k, v, numbers, **options)
         with monkeypatch.context() as patched:
             patched.setattr(launch, "_descriptors", lambda k, v: False)
-            plain = function(q, k, v, numbers, scale=0.09)
+            plain = function(q, k, v, numbers, **options)
         assert same_bits(fast.out, plain.out)
 
 

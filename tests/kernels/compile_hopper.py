@@ -2,7 +2,7 @@
 
     python compile_hopper.py attend HEAD_DIM VALUE_DIM OTHER
     python compile_hopper.py int8 VALUE_DIM OTHER
-    python compile_hopper.py online HEAD_DIM OTHER
+    python compile_hopper.py judge HEAD_DIM BOUND CERTIFIED OTHER
     python compile_hopper.py plan HEAD_DIM KEY_TILES OTHER
 
 OTHER: True with a key mask and in a token order, False without.
@@ -12,6 +12,7 @@ Apart from the tests, whose process may run Triton's interpreter.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -25,14 +26,14 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels import hopper, hopper_online, hopper_plan
+from cef_compile.kernels import hopper, hopper_judge, hopper_plan
 from cef_compile.kernels.gluon_parts import block_layout, tile_block
 
 POINTERS = {
     "tokens": "i32",
     "q": "bf16", "out": "bf16", "lse": "fp32", "index": "i16", "count": "i32", "order": "i32",
     "queue": "i32", "key_mask": "i1", "control": "fp32", "recall": "fp32", "kept": "i32",
-    "sums": "i64", "bins": "u8", "energy": "fp32", "histogram": "i64",
+    "sums": "i64", "bins": "u8", "judged": "u8", "energy": "fp32", "histogram": "i64",
     "row_scale": "fp32", "row_shift": "fp32", "key_scale": "fp32",
 }  # fmt: skip
 ALIGNED = {*POINTERS, "q_b", "q_h", "q_l", "out_b", "out_h", "out_l"}
@@ -55,9 +56,9 @@ def int8(value_dim: int, other: bool) -> Built:
     return build(hopper._attend, given, blocks, hopper.OPTIONS, types)
 
 
-def online(head_dim: int, other: bool) -> Built:
-    """The kernel as ``hopper_online.online`` launches it."""
-    given = hopper_online.constants(
+def judge(head_dim: int, bound: bool, certified: bool, other: bool) -> Built:
+    """The kernel as ``hopper_judge.judge`` launches it."""
+    given = hopper_judge.constants(
         head_dim,
         ragged=other,
         masked=other,
@@ -65,9 +66,15 @@ def online(head_dim: int, other: bool) -> Built:
         ordered=other,
         exact=other,
         rule="share",
-        certify="mean",
+        certify="mean" if certified else "none",
+        bound=bound,
     )
-    return build(hopper_online._online, given, tiles_of(head_dim), hopper_online.OPTIONS)
+    return build(
+        hopper_judge._judge,
+        given,
+        {"k_desc": tile_block(head_dim)},
+        hopper_judge.OPTIONS,
+    )
 
 
 def plan(head_dim: int, key_tiles: int, other: bool) -> Built:
@@ -157,9 +164,9 @@ def in_steps(code: list[str], *operations: str) -> int:
 
 
 def main() -> None:
-    *dims, other = sys.argv[2:]
-    make = {"attend": attend, "int8": int8, "online": online, "plan": plan}[sys.argv[1]]
-    kernel = make(*map(int, dims), other == "True")
+    name, *given = sys.argv[1:]
+    make = {"attend": attend, "int8": int8, "judge": judge, "plan": plan}[name]
+    kernel = make(*map(ast.literal_eval, given))
     code = machine_code(kernel)
     print(
         json.dumps(
@@ -170,6 +177,7 @@ def main() -> None:
                 "spills": sum("STL" in line for line in code),
                 "spills_in_steps": in_steps(code, "STL", "LDL"),
                 "beside": beside_products(code),
+                "waits": sum("WARPGROUP.DEPBAR" in line for line in code),
             }
         )
     )

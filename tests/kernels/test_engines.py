@@ -51,6 +51,7 @@ CALLS = st.builds(
     compensate=st.booleans(),
     online=st.booleans(),
     bound=st.booleans(),
+    certified=st.booleans(),
     scores=st.sampled_from(c.SCORES),
     q_len=st.sampled_from([256, 24_575, 24_576, 75_600]),
     kv_len=st.sampled_from([256, 24_575, 24_576, 75_600]),
@@ -67,15 +68,16 @@ class TestChoice:
         fits = (
             call.architecture == 90
             and call.dtype != torch.float32
-            and (dims in ((64, 64), (128, 128)) if call.online else set(dims) <= SERVED)
+            and set(dims) <= SERVED
+            and (call.dim in (64, 128) or not call.online)
             and call.described
             and not call.compensate
-            and not call.bound
         )
         eight = call.scores == "int8" and call.dim == 128 and not call.online
         long = min(call.q_len, call.kv_len) >= 24_576
         hopper = "hopper-int8" if eight and long else "hopper"
-        assert find_engine(call) == (hopper if fits else "triton")
+        worth = fits and (call.certified or not call.bound)
+        assert find_engine(call) == (hopper if worth else "triton")
         assert find_engine(call, "triton") == "triton"
         if fits:
             assert find_engine(call, "hopper") == "hopper"
@@ -173,13 +175,20 @@ def test_code_of_scores_in_8_bits(value_dim: int, other: bool) -> None:
     assert code["spills"] == 0 or value_dim == 128  # as above
 
 
-@pytest.mark.parametrize(("dim", "other"), [(128, False), (64, True)])
-def test_code_of_the_online_filter(dim: int, other: bool) -> None:
-    """Two programs fit a multiprocessor, and the loop multiplies nothing twice."""
-    code = compiled("online", dim, other)
-    assert 2 * (code["shared"] + PROGRAM_MEMORY) <= MULTIPROCESSOR_MEMORY
-    # Of 64 rows each: scores by 16 channels, values by 16 keys.
-    assert code["products"] == 2 * (dim // 16 + c.BLOCK_N // 16)
+@pytest.mark.parametrize(
+    ("dim", "bound", "certified", "other"),
+    [(128, True, False, False), (128, False, True, False), (128, True, True, True),
+     (64, False, True, True)],
+)  # fmt: skip
+def test_code_of_the_online_filter(dim: int, bound: bool, certified: bool, other: bool) -> None:
+    """Four programs fit a multiprocessor, and nothing is multiplied twice."""
+    code = compiled("judge", dim, bound, certified, other)
+    assert 4 * (code["shared"] + PROGRAM_MEMORY) <= MULTIPROCESSOR_MEMORY
+    # Scores by 16 channels, of 64 rows each.
+    assert code["products"] == dim // 16
+    assert code["waits"] == 1
+    # With all there is some addresses are, once for each query tile.
+    assert code["spills"] == 0 or (bound and certified and other)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ WAYS = {
     "mean bound": {"certify": "mean", "bound": True},
     "row bound": {"certify": "row", "bound": True},
     "share": {"certify": "none"},
+    "share bound": {"certify": "none", "bound": True},
     "lse": {"rule": "lse", "certify": "none"},
+    "lse bound": {"rule": "lse", "certify": "none", "bound": True},
     "max": {"rule": "max", "certify": "none"},
     "max bound": {"rule": "max", "certify": "none", "bound": True},
 }

@@ -28,7 +28,7 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels import reference as ref
 from cef_compile.kernels.centroids import centroids
-from cef_compile.kernels.lists import heads_together, lists
+from cef_compile.kernels.lists import Lists, heads_together, judged_lists, lists
 from cef_compile.kernels.plan import plan
 from cef_compile.kernels.ranks import variance_factor
 from cef_compile.kernels.tuning import find_tuning
@@ -113,14 +113,49 @@ def test_order(batch: int, heads: int, n_m: int, together: int, seed: int) -> No
         bins, None, count, histogram, numbers,
         rule="threshold", partial=False, want_kept=False, together=together,
     )  # fmt: skip
+    assert_longest_first(found, (bins != 0).sum(-1), together)
+
+
+def assert_longest_first(found: Lists, kept: torch.Tensor, together: int) -> None:
+    """Counts and order; ``kept`` is what counts should be ``[B, H, Tm]``."""
+    n_m = kept.shape[2]
     counts, order = found.count[0].flatten().cpu(), found.order.cpu().long()
-    assert torch.equal(counts, (bins.cpu() > 0).sum(-1).flatten().int())
+    assert torch.equal(counts, kept.flatten().int().cpu())
     for first in range(0, len(order), together * n_m):
         span = order[first : first + together * n_m]
         assert torch.equal(span.sort().values, first + torch.arange(len(span)))
         wanted = counts[first : first + len(span)].sort(descending=True).values
         assert torch.equal(counts[span], wanted)
     assert not found.queue.any()
+
+
+@FEWER
+@given(
+    shape=st.tuples(
+        st.integers(1, 2), st.integers(1, 3), st.sampled_from([1, 3]),
+        st.sampled_from([1, 9, 1024, 1500]),
+    ),
+    partial=st.booleans(),
+    together=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_lists_of_what_was_judged(
+    shape: tuple[int, int, int, int], partial: bool, together: int, seed: int
+) -> None:
+    """Wholly visible tiles ascending, then partly visible ones ascending; dropped ones nowhere."""
+    draw = torch.Generator().manual_seed(seed)
+    judged = torch.randint(0, 3 if partial else 2, shape, generator=draw, dtype=torch.uint8)
+    if not partial:
+        judged *= c.JUDGED_WHOLE
+    found = judged_lists(judged.to(DEVICE), partial=partial, together=together)
+    assert_longest_first(found, (judged != 0).sum(-1), together)
+    whole = judged == c.JUDGED_WHOLE
+    assert torch.equal(found.count[1].cpu(), whole.sum(-1).int())
+    rows = zip(judged.flatten(0, 2), found.index.flatten(0, 2).cpu(), strict=True)
+    for row, index in rows:
+        wanted = [(row == state).nonzero()[:, 0] for state in (c.JUDGED_WHOLE, c.JUDGED_PARTLY)]
+        wanted = torch.cat(wanted)
+        assert torch.equal(index[: len(wanted)].long(), wanted)
 
 
 @FEWER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import types
@@ -27,6 +28,8 @@ def _asm(
         return acc * factor
     if "set.eq.f16x2" in text:
         return torch.eq(*given).to(Dtype(torch.float16))
+    if text == "mov.b32 $0, $1;":
+        return given[0]
     assert "barrier.cta.red.and.pred all" in text, f"no such instruction is known here: {text}"
     (yes,) = given
     return torch.ones_like(yes) * (yes != 0).all()
@@ -100,10 +103,12 @@ class Language(types.ModuleType):
     warp_specialize = staticmethod(_warp_specialize)
     arange = staticmethod(lambda start, end, layout=None: block(torch.arange(start, end)))
     zeros = staticmethod(lambda shape, d, layout=None: block(torch.zeros(shape, dtype=d.torch)))
+    cdiv = staticmethod(lambda a, b: -(-a // b))
     multiple_of = staticmethod(lambda x, number: x)
     expand_dims = staticmethod(lambda x, dim: x.unsqueeze(dim))
     reshape = staticmethod(lambda x, shape: x.reshape(shape))
     permute = staticmethod(lambda x, dims: x.permute(*dims))
+    split = staticmethod(lambda x: (x[..., 0], x[..., 1]))
     broadcast = staticmethod(torch.broadcast_tensors)
     sum = staticmethod(lambda x, dim: x.sum(dim))
     exp2 = staticmethod(torch.exp2)
@@ -111,6 +116,7 @@ class Language(types.ModuleType):
     floor = staticmethod(torch.floor)
     where = staticmethod(lambda a, b, c: torch.where(block(a), block(b), block(c)))
     min = staticmethod(lambda x, dim: x.amin(dim))
+    div_rn = staticmethod(torch.div)
     cast = staticmethod(lambda x, d: block(x).to(d))
 
     @staticmethod
@@ -134,6 +140,12 @@ class Language(types.ModuleType):
             return x.amax(dim)
         highest = x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(dim)
         return torch.where(x.isnan().all(dim), torch.nan, highest)
+
+    @staticmethod
+    def reduce(x: tuple[Block, ...], dim: int, combine: Any) -> tuple[Block, ...]:
+        """One after the other, in the order of their places."""
+        first, *others = zip(*(each.unbind(dim) for each in x), strict=True)
+        return functools.reduce(lambda a, b: combine(*a, *b), others, first)
 
     @staticmethod
     def minimum(a: Any, b: Any) -> Block:

@@ -1,10 +1,10 @@
-"""The online filter on Hopper: what ``online`` does, one level lower, in Gluon.
+"""Which key tiles the online filter keeps, on Hopper, in Gluon.
 
-A program of four warps has a query tile, and goes through all key tiles: scores, a verdict of all
-rows, and for a kept tile the product with its values, which are only fetched then. Each of these
-waits for the one before, so two programs share a multiprocessor, and one computes while the other
-judges. A verdict is a barrier, behind which the memory of the keys just judged is free: no warp is
-needed to guard it.
+A program has a query tile, and goes through all key tiles: scores, a verdict of all rows, and what
+that means for the ledger. Values have no part in it: what is kept is written down, and attention
+over lists computes it. So a program needs few registers, and where one waits for keys, scores or a
+verdict, three others on the same multiprocessor compute. A verdict is a barrier, behind which the
+memory of the keys just judged is free: no warp is needed to guard it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,22 +25,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels.gluon_parts import describe, rows_at, tile_block
-from cef_compile.kernels.ledger import outputs
+from cef_compile.kernels.gluon_parts import describe, rows_at, tile_block, whole_lines
+from cef_compile.kernels.ledger import accounts
 
-_LN2 = gl.constexpr(math.log(2.0))
 _LOG2E = gl.constexpr(math.log2(math.e))
 _RECALL_UNIT = gl.constexpr(c.RECALL_UNIT)
-_KEY_STAGES: Final = 3
-"""Key tiles in shared memory: the one that is judged, and two on the way."""
-OPTIONS: Final = {"num_warps": 4, "maxnreg": 255}
-"""So that two programs fit a multiprocessor, whose 65,536 registers they share."""
+OPTIONS: Final = {"num_warps": 8, "maxnreg": 64}
+"""So that four programs fit a multiprocessor, whose 65,536 registers they share ..."""
+_PROGRAM_BYTES: Final = (228 // 4 - 2) * 1024
+"""... and its shared memory, of which each leaves some to the system and to what is small."""
 
 
-def online(
+def judge(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     control: Tensor,
     *,
     scale: float,
@@ -47,33 +46,37 @@ def online(
     key_mask: Tensor | None,
     rule: str,
     certify: str,
+    bound: bool,
     tokens: Tensor | None = None,
     exact_tiles: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Filter in one pass over all key tiles, as the Triton kernel does with ``bound=False``.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Decide in one pass over all key tiles, as the Triton kernel does.
+
+    The two agree but where rounding does: that kernel sums in another order.
 
     Args:
-        q, k, v: bf16 or fp16, head_dim 64 or 128; k and v with strides that TMA takes.
-        control, scale, even, key_mask, rule, certify, tokens, exact_tiles: as for that kernel.
+        q, k: bf16 or fp16, head_dim 64 or 128; k with strides that TMA takes.
+        control, scale, even, key_mask, rule, certify, bound, tokens, exact_tiles: as for that
+            kernel.
 
     Returns:
-        out, lse, recall, kept and sums, as that kernel's.
+        uint8 ``[B, H, Tm, Tn]``, ``JUDGED_WHOLE`` or ``JUDGED_PARTLY`` where a tile is kept whose
+        keys all are visible or not, else 0; recall, kept and sums, as that kernel's.
     """
     batch, heads, q_len, dim = q.shape
     key_heads, kv_len = k.shape[1], k.shape[2]
     positions = q_len if tokens is None else len(tokens)
     n_m, n_n = c.tiles(positions, c.BLOCK_M), c.tiles(kv_len, c.BLOCK_N)
-    out, lse, recall, kept, sums = outputs(q, dim, n_m)
-    if lse.numel():
-        _online[(n_m * heads * batch,)](
+    judged = torch.zeros(batch, heads, n_m, n_n, dtype=torch.uint8, device=q.device)
+    recall, kept, sums = accounts(q, n_m)
+    if recall.numel():
+        _judge[(n_m * heads * batch,)](
             q,
             describe(k, tile_block(dim)),
-            describe(v, tile_block(dim)),
             q if key_mask is None else key_mask,
             control,
             kept if tokens is None else tokens,
-            out,
-            lse,
+            judged,
             recall,
             kept,
             sums,
@@ -88,7 +91,6 @@ def online(
             even,
             *((n_m, n_n) if exact_tiles is None else exact_tiles),
             *q.stride(),
-            *out.stride()[:3],
             *c.mask_strides(key_mask),
             **constants(
                 dim,
@@ -99,10 +101,11 @@ def online(
                 exact=exact_tiles is not None,
                 rule=rule,
                 certify=certify,
+                bound=bound,
             ),
             **OPTIONS,
         )
-    return out, lse, recall, kept, sums
+    return judged, recall, kept, sums
 
 
 def constants(
@@ -115,6 +118,7 @@ def constants(
     exact: bool,
     rule: str,
     certify: str,
+    bound: bool,
 ) -> dict[str, object]:
     """What the kernel is compiled for."""
     return {
@@ -122,7 +126,7 @@ def constants(
         "BLOCK_M": c.BLOCK_M,
         "BLOCK_N": c.BLOCK_N,
         "COUNT_BLOCK": c.COUNT_BLOCK,
-        "KEY_STAGES": _KEY_STAGES,
+        "STAGES": (_PROGRAM_BYTES - c.BLOCK_M * dim * 2) // (c.BLOCK_N * dim * 2),
         "RAGGED": ragged,
         "HAS_MASK": masked,
         "SAME_LENGTH": same_length,
@@ -130,21 +134,15 @@ def constants(
         "EXACT": exact,
         "RULE": rule,
         "CERTIFY": certify,
+        "BOUND": bound,
+        "WHOLE": c.JUDGED_WHOLE,
+        "PARTLY": c.JUDGED_PARTLY,
         "STRIDE": c.ONLINE_MAX_STRIDE,
         "TARGET": c.CONTROL_TARGET,
         "LOG2_THRESHOLD": c.CONTROL_LOG2_THRESHOLD,
         "FIXED": c.CONTROL_FIXED,
+        "WARPS": OPTIONS["num_warps"],
     }
-
-
-@gluon.jit
-def _copy(desc, batch, key_head, first, tiles, stage, full, wanted):
-    """A tile of k or v on its way into the memory of a stage, if it is wanted."""
-    BYTES: gl.constexpr = tiles.shape[3] * tiles.shape[4] * 2
-    mbarrier.expect(full.index(stage), BYTES, pred=wanted)
-    tma.async_copy_global_to_shared(
-        desc, [batch, key_head, first, 0], full.index(stage), tiles.index(stage), pred=wanted
-    )
 
 
 @gluon.jit
@@ -196,42 +194,55 @@ def _log2_threshold(
 
 
 @gluon.jit
+def _bring(desc, batch, key_head, first, tiles, stage, full, wanted):
+    """A tile of keys on its way into the memory of a stage, if it is wanted."""
+    BYTES: gl.constexpr = tiles.shape[3] * tiles.shape[4] * 2
+    mbarrier.expect(full.index(stage), BYTES, pred=wanted)
+    tma.async_copy_global_to_shared(
+        desc, [batch, key_head, first, 0], full.index(stage), tiles.index(stage), pred=wanted
+    )
+
+
+@gluon.jit
+def _sum2(a, b, c, d):
+    """Of two numbers at once, which takes one exchange between warps, not two."""
+    return a + c, b + d
+
+
+@gluon.jit
 def _affordable(
     energy, gathered, lost, real, rows, budget, left,
     CERTIFY: gl.constexpr, STRIDE: gl.constexpr,
 ):  # fmt: skip
     """For each row, whether the budget lets this tile go: that of all rows, or its own."""
-    spent, cost = lost / gathered, energy / gathered
+    per_kept = 1.0 / gathered
+    spent, cost = lost * per_kept, energy * per_kept
     if CERTIFY == "mean":
-        spent = gl.sum(gl.where(real, spent, 0.0), 0) / rows
-        cost = gl.sum(gl.where(real, cost, 0.0), 0) / rows
+        spent, cost = gl.reduce((gl.where(real, spent, 0.0), gl.where(real, cost, 0.0)), 0, _sum2)
+        spent, cost = spent / rows, cost / rows
     return (spent + cost <= budget) & (cost <= STRIDE * (budget - spent) / left)
 
 
 @gluon.jit
-def _unanimous(yes, votes):
+def _unanimous(yes, votes, WARPS: gl.constexpr):
     """1 where all rows say yes, else 0: a barrier that counts, in place of a tree of exchanges."""
     said = gl.inline_asm_elementwise(
         """{
             .reg .pred mine, all;
-            setp.ne.s32 mine, $4, 0;
-            setp.ne.and.s32 mine, $5, 0, mine;
-            setp.ne.and.s32 mine, $6, 0, mine;
-            setp.ne.and.s32 mine, $7, 0, mine;
+            setp.ne.s32 mine, $2, 0;
+            setp.ne.and.s32 mine, $3, 0, mine;
             barrier.cta.red.and.pred all, 0, mine;
             selp.s32 $0, 1, 0, all;
             mov.b32 $1, $0;
-            mov.b32 $2, $0;
-            mov.b32 $3, $0;
         }""",
-        "=r,=r,=r,=r,r,r,r,r",
+        "=r,=r,r,r",
         [yes.to(gl.int32)],
         dtype=gl.int32,
         is_pure=False,
-        pack=4,  # the rows of a thread
+        pack=2,  # the rows of a thread
     )
     votes.store(said)
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     return gl.max(votes.slice(0, 1).load(one), 0)
 
 
@@ -242,14 +253,9 @@ def _anchor(top):
 
 
 @gluon.jit
-def _blank(
-    values, first, batch, mask, kv_len, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """Zeroes the values of hidden keys, which may be NaN and would outlive a weight of 0."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    seen = _seen(first, batch, mask, kv_len, BLOCK_N, gl.SliceLayout(1, layout))
-    values.store(gl.where(gl.expand_dims(seen, 1), values.load(layout), 0.0))
-    fence_async_shared()
+def _energy(score, anchor, scale2):
+    """Of a tile, against the anchor of each row."""
+    return gl.sum(gl.exp2(score * scale2 - gl.expand_dims(anchor, 1)), 1)
 
 
 @gluon.jit(
@@ -265,42 +271,36 @@ def _blank(
         "exact_n",
     ]
 )
-def _online(
-    q, k_desc, v_desc, key_mask, control, tokens, out, lse, recall, kept, sums,
+def _judge(
+    q, k_desc, key_mask, control, tokens, judged, recall, kept, sums,
     q_len, positions, kv_len, n_m, n_n, heads, heads_per_key_head, scale, even, exact_m, exact_n,
-    q_b, q_h, q_l, q_d, out_b, out_h, out_l, mask_b, mask_l,
+    q_b, q_h, q_l, q_d, mask_b, mask_l,
     DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    COUNT_BLOCK: gl.constexpr, KEY_STAGES: gl.constexpr,
+    COUNT_BLOCK: gl.constexpr, STAGES: gl.constexpr,
     RAGGED: gl.constexpr, HAS_MASK: gl.constexpr, SAME_LENGTH: gl.constexpr,
     ORDERED: gl.constexpr, EXACT: gl.constexpr, RULE: gl.constexpr, CERTIFY: gl.constexpr,
+    BOUND: gl.constexpr, WHOLE: gl.constexpr, PARTLY: gl.constexpr,
     STRIDE: gl.constexpr, TARGET: gl.constexpr,
-    LOG2_THRESHOLD: gl.constexpr, FIXED: gl.constexpr,
+    LOG2_THRESHOLD: gl.constexpr, FIXED: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """One program per query tile, a head's tiles side by side."""
     dtype: gl.constexpr = k_desc.dtype
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
     key_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
-    acc_row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
-    weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    wide: gl.constexpr = whole_lines(DIM, WARPS)
 
-    memory = gl.allocate_shared_memory(dtype, [BLOCK_M, DIM], layout)
-    k_steps = gl.allocate_shared_memory(dtype, [KEY_STAGES, BLOCK_N, DIM], layout)
-    v_steps = gl.allocate_shared_memory(dtype, [1, BLOCK_N, DIM], layout)
+    rows = gl.allocate_shared_memory(dtype, [BLOCK_M, DIM], layout)
+    k_steps = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], layout)
     # The same memory, as the copies know it.
-    k_tiles = k_steps._reinterpret(dtype, [KEY_STAGES, 1, 1, BLOCK_N, DIM], k_desc.layout)
-    v_tiles = v_steps._reinterpret(dtype, [1, 1, 1, BLOCK_N, DIM], v_desc.layout)
+    k_tiles = k_steps._reinterpret(dtype, [STAGES, 1, 1, BLOCK_N, DIM], k_desc.layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     votes = gl.allocate_shared_memory(gl.int32, [BLOCK_M], flat)
-    k_full = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], bar)
-    v_full = gl.allocate_shared_memory(gl.int64, [1, 1], bar)
-    for i in gl.static_range(KEY_STAGES):
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-    mbarrier.init(v_full.index(0), count=1)
     fence_async_shared()
 
     tile = gl.program_id(0) % n_m
@@ -312,16 +312,16 @@ def _online(
         start = gl.minimum(tile * BLOCK_M // BLOCK_N, n_n - 1)
     else:
         start = (tile.to(gl.int64) * n_n // n_m).to(gl.int32)
-    for i in gl.static_range(KEY_STAGES):
+    for i in gl.static_range(STAGES):
         early = _first_key(i, start, n_n, BLOCK_N)
-        _copy(k_desc, batch, key_head, early, k_tiles, i, k_full, i < n_n)
+        _bring(k_desc, batch, key_head, early, k_tiles, i, k_full, i < n_n)
 
     at, real = rows_at(tile * BLOCK_M, tokens, positions, BLOCK_M, ORDERED, gl.SliceLayout(1, wide))
     dims = gl.arange(0, DIM, gl.SliceLayout(0, wide))
     used = gl.expand_dims(real, 1)
-    where = gl.expand_dims(at.to(gl.int64) * q_l, 1) + gl.expand_dims(dims.to(gl.int64) * q_d, 0)
+    places = gl.expand_dims(at.to(gl.int64) * q_l, 1) + gl.expand_dims(dims.to(gl.int64) * q_d, 0)
     q += batch.to(gl.int64) * q_b + head.to(gl.int64) * q_h
-    memory.store(gl.load(q + where, mask=used, other=0.0))
+    rows.store(gl.load(q + places, mask=used, other=0.0))
     fence_async_shared()
 
     at, real = rows_at(tile * BLOCK_M, tokens, positions, BLOCK_M, ORDERED, row_layout)
@@ -334,13 +334,11 @@ def _online(
     visible = n_n
     if HAS_MASK:
         visible = _visible(batch, mask, n_n, kv_len, BLOCK_N, COUNT_BLOCK, wide)
-    rows = gl.sum(real.to(gl.float32), 0)
+    counted = gl.sum(real.to(gl.float32), 0)
+    judged += gl.program_id(0).to(gl.int64) * n_n
     top = gl.full([BLOCK_M], float("-inf"), gl.float32, row_layout)
-    # What acc is measured against: it moves only when a tile is kept.
-    acc_top = top
     gathered = gl.zeros([BLOCK_M], gl.float32, row_layout)
     lost = gl.zeros([BLOCK_M], gl.float32, row_layout)
-    acc = gl.zeros([BLOCK_M, DIM], gl.float32, acc_layout)
     # A product that begins anew ignores the accumulator; zeros in its place cost instructions.
     score = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, score_layout)
     left = visible
@@ -348,10 +346,10 @@ def _online(
 
     for step in range(0, n_n):
         first = _first_key(step, start, n_n, BLOCK_N)
-        stage = step % KEY_STAGES
-        mbarrier.wait(k_full.index(stage), (step // KEY_STAGES) & 1)
+        stage = step % STAGES
+        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
         keys = k_steps.index(stage).permute((1, 0))
-        score = warpgroup_mma(memory, keys, score, use_acc=False, is_async=True)
+        score = warpgroup_mma(rows, keys, score, use_acc=False, is_async=True)
         score = warpgroup_mma_wait(0, deps=(score,))
 
         keys_seen = gl.minimum(kv_len - first, BLOCK_N)
@@ -368,8 +366,10 @@ def _online(
         shrink = gl.exp2(top - anchor)
         gathered = gathered * shrink
         lost = lost * shrink
-        score = gl.exp2(score * scale2 - gl.expand_dims(anchor, 1))
-        energy = gl.sum(score, 1)
+        if BOUND:
+            energy = keys_seen.to(gl.float32) * gl.exp2(high - anchor)
+        else:
+            energy = _energy(score, anchor, scale2)
         if RULE == "share":
             small = energy < threshold * (gathered + lost)
         elif RULE == "lse":
@@ -378,9 +378,9 @@ def _online(
             small = high - top < log2_threshold
         if CERTIFY != "none":
             small = small & _affordable(
-                energy, gathered, lost, real, rows, budget, left.to(gl.float32), CERTIFY, STRIDE
+                energy, gathered, lost, real, counted, budget, left.to(gl.float32), CERTIFY, STRIDE
             )
-        verdict = _unanimous(small | (real == 0), votes)
+        verdict = _unanimous(small | (real == 0), votes, WARPS)
         drop = (target < 1) & (verdict == 1)
         if EXACT:
             drop = drop & (tile < exact_m) & (first < exact_n * BLOCK_N)
@@ -391,33 +391,23 @@ def _online(
 
         # All warps have voted, so all have their scores: the memory of these keys is free. That
         # the verdict is asked for keeps the copy behind it.
-        wanted = (step + KEY_STAGES < n_n) & (verdict >= 0)
-        then = _first_key(step + KEY_STAGES, start, n_n, BLOCK_N)
-        _copy(k_desc, batch, key_head, then, k_tiles, stage, k_full, wanted)
+        wanted = (step + STAGES < n_n) & (verdict >= 0)
+        then = _first_key(step + STAGES, start, n_n, BLOCK_N)
+        _bring(k_desc, batch, key_head, then, k_tiles, stage, k_full, wanted)
         if drop:
             lost += energy
         else:
-            _copy(v_desc, batch, key_head, first, v_tiles, 0, v_full, verdict >= 0)
+            if BOUND:
+                energy = _energy(score, anchor, scale2)
             gathered += energy
-            weight = gl.convert_layout(score.to(dtype), weight_layout)
-            factor = gl.convert_layout(gl.exp2(acc_top - anchor), acc_row_layout)
-            acc = acc * gl.expand_dims(factor, 1)
-            acc_top = top
-            mbarrier.wait(v_full.index(0), number & 1)
-            if HAS_MASK:
-                _blank(v_steps.index(0), first, batch, mask, kv_len, DIM, BLOCK_N)
-            acc = warpgroup_mma(weight, v_steps.index(0), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
             number += 1
+            state = gl.where(keys_seen == BLOCK_N, WHOLE, PARTLY)
+            gl.store(judged + first // BLOCK_N, state.to(gl.uint8))
 
-    gone = gathered == 0
-    final = gl.exp2(acc_top - _anchor(top))
-    factor = gl.convert_layout(final / gl.where(gone, 1.0, gathered), acc_row_layout)
     met = gathered + lost
-    mine = gl.where(met == 0, 1.0, gathered / met)
-    to = batch_head.to(gl.int64) * q_len + at
-    gl.store(lse + to, (top + gl.log2(gathered)) * _LN2, mask=real)
-    gl.store(recall + to, mine, mask=real)
+    # Rounded as it should be: all of what was met is not a little less than all.
+    mine = gl.where(met == 0, 1.0, gl.div_rn(gathered, met))
+    gl.store(recall + batch_head.to(gl.int64) * q_len + at, mine, mask=real)
     gl.store(kept + gl.program_id(0), number)
 
     counted = real & (met != 0)  # a row that sees no key has no recall; a NaN row spoils the mean
@@ -428,12 +418,3 @@ def _online(
     gl.atomic_add(sums + 2, gl.sum(gl.floor(units + 0.5).to(gl.int64), 0), sem="relaxed")
     gl.atomic_add(sums + 3, gl.sum(counted.to(gl.int64), 0), sem="relaxed")
     gl.atomic_add(sums + 4, gl.sum(nan.to(gl.int64), 0), sem="relaxed")
-
-    # Through the memory of the queries, so that whole lines are written.
-    memory.store((acc * gl.expand_dims(factor, 1)).to(dtype))
-    mean = memory.load(wide)
-    at, real = rows_at(tile * BLOCK_M, tokens, positions, BLOCK_M, ORDERED, gl.SliceLayout(1, wide))
-    used = gl.expand_dims(real, 1)
-    out += batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
-    where = gl.expand_dims(at.to(gl.int64) * out_l, 1) + gl.expand_dims(dims, 0)
-    gl.store(out + where, mean, mask=used)
