@@ -53,9 +53,10 @@ from torch.profiler import ProfilerActivity, profile
 from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels.centroids import Arranged, Centroids, arrange, centroids, in_order
-from cef_compile.kernels.lists import heads_together, lists
+from cef_compile.kernels.lists import lists
 from cef_compile.kernels.order import Layout
 from cef_compile.kernels.ranks import Plan, variance_factor
+from cef_compile.kernels.schedule import heads_together
 
 WAN = {"A14B 480p": (40, 32760), "A14B 720p": (40, 75600), "TI2V-5B 720p": (24, 27280)}
 DENSITIES = (0.2, 0.3, 0.4)

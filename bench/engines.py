@@ -37,8 +37,8 @@ from torch import Tensor
 from cef_compile.kernels import config as c
 from cef_compile.kernels.centroids import centroids
 from cef_compile.kernels.eight_bits import eight_bits
-from cef_compile.kernels.lists import Lists
 from cef_compile.kernels.ranks import variance_factor
+from cef_compile.kernels.schedule import Lists
 
 SHAPES = ((24, 32256, 128), (24, 16384, 128), (24, 32256, 64), (24, 32256, 96))
 DENSITIES = (1.0, 0.4, 0.18)

@@ -24,8 +24,8 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels.centroids import Centroids
 from cef_compile.kernels.engines import LIST_ENGINES, ONLINE_ENGINES, Call, lacks
-from cef_compile.kernels.lists import Lists
 from cef_compile.kernels.order import Layout, token_order
+from cef_compile.kernels.schedule import Lists
 
 HEAD_DIM = 128
 CUDNN, FLASH_2, FLASH_4 = "cuDNN", "FlashAttention-2", "FlashAttention-4"

@@ -42,7 +42,7 @@ def attend(
 
     Args:
         q: ``[B, H, q_len, D]``; k ``[B, Hk, kv_len, D]``; v ``[B, Hk, kv_len, Dv]``; any strides.
-        index, count, order: of :class:`~cef_compile.kernels.lists.Lists`.
+        index, count, order: of :class:`~cef_compile.kernels.schedule.Lists`.
         scale: factor of the scores.
         key_mask: bool ``[B or 1, kv_len]``, any strides.
         kept, k_mean, v_mean, key_count: all four, or none: with them every visible tile that is

@@ -18,7 +18,7 @@ def attend(
     Args:
         q: ``[B, H, q_len, D]``; k, v ``[B, Hk, kv_len, D]``; bf16 or fp16. Where their strides are
             not to FlashAttention-4's liking, it copies them.
-        index, count: of :class:`~cef_compile.kernels.lists.Lists`. A tile that reaches beyond
+        index, count: of :class:`~cef_compile.kernels.schedule.Lists`. A tile that reaches beyond
             kv_len is the last of its list, where FlashAttention-4 looks for hidden keys.
         scale: factor of the scores.
 

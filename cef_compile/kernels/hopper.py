@@ -55,7 +55,7 @@ def attend(
         q: ``[B, H, q_len, D]``, any strides; k ``[B, Hk, kv_len, D]``, v ``[B, Hk, kv_len, Dv]``,
             strides that TMA takes; bf16 or fp16; ``D`` and ``Dv`` multiples of 8 up to 128.
             With ``int8`` q and k are int8, and ``D`` is 128.
-        index, count, order, queue: of :class:`~cef_compile.kernels.lists.Lists`.
+        index, count, order, queue: of :class:`~cef_compile.kernels.schedule.Lists`.
         scale: factor of the scores.
         key_mask: bool ``[B or 1, kv_len]``, any strides.
         tokens: int32 ``[length]``, a token order: as for the Triton kernel.

@@ -26,10 +26,12 @@ from cef_compile.kernels.check import check
 from cef_compile.kernels.descriptor import can_describe
 from cef_compile.kernels.eight_bits import eight_bits
 from cef_compile.kernels.engines import HOPPER_ENGINES, Call, find_engine
-from cef_compile.kernels.lists import Lists, heads_together, judged_lists, lists
+from cef_compile.kernels.judged import judged_lists
+from cef_compile.kernels.lists import lists
 from cef_compile.kernels.order import Layout
 from cef_compile.kernels.plan import plan
 from cef_compile.kernels.ranks import Plan, variance_factor
+from cef_compile.kernels.schedule import Lists, heads_together
 from cef_compile.kernels.streams import beside, event
 from cef_compile.kernels.tuning import Tuning, find_tuning
 

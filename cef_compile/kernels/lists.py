@@ -1,8 +1,6 @@
-"""Step 3 of the planned filter: the threshold, the list of each query tile, who goes first."""
+"""Step 3 of the planned filter: the threshold, and the list of each query tile."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -10,15 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cef_compile.kernels import config as c
+from cef_compile.kernels.schedule import Lists, list_block, room, take_longest_first
 
-_LIST_BLOCK = 1024
-"""Key tiles looked at in one step of a list."""
-_ORDER_BLOCK = 32
-"""Query tiles whose places in the order one program finds ..."""
-_ORDER_OTHERS = 128
-"""... and how many it compares them with in one step."""
-_CACHE_BYTES = 24 << 20
-"""Keys and values that are in use at a time should not be more: half of an H100's L2."""
 _WARPS = 4
 
 _BLOCK_N = tl.constexpr(c.BLOCK_N)
@@ -35,46 +26,6 @@ _ENGINE = tl.constexpr(c.MEASURE_ENGINE)
 _SIZE = tl.constexpr(c.MEASURE_SIZE)
 _ENERGY_UNIT = tl.constexpr(c.ENERGY_UNIT)
 _TOP_BIN = tl.constexpr(c.TOP_BIN)
-
-
-@dataclass(frozen=True)
-class Lists:
-    """Which key tiles each query tile attends to, for one attention over them.
-
-    Attributes:
-        index: int16 (int32 above ``INT16_TILES`` key tiles) ``[B, H, Tm, Tn]``; the first
-            ``count`` numbers of a row are valid: wholly visible tiles ascending, then partly
-            visible ones ascending.
-        count: int32 ``[2, B, H, Tm]``: listed tiles, and how many of them are wholly visible.
-        order: int32 ``[B * H * Tm]``, numbers of the query tiles (counted through batch, head and
-            place) in the order in which to take them.
-        queue: int32 ``[1]``, 0: in it programs count the query tiles that they take, so that it is
-            used up.
-        kept: uint8 ``[B, H, Tm, Tn]``, 1 where listed; None unless asked for.
-    """
-
-    index: Tensor
-    count: Tensor
-    order: Tensor
-    queue: Tensor
-    kept: Tensor | None
-
-    @property
-    def queued(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What programs need that take query tiles from the queue."""
-        return self.index, self.count, self.order, self.queue
-
-
-def heads_together(heads: int, k: Tensor, v: Tensor) -> int:
-    """Heads whose keys and values fit into the cache, to be given to :func:`lists`.
-
-    Where one head at a time is taken longest list first, all wait in the end for the last head's
-    tiles, which are long if it keeps many. With the heads mixed they are short. But a mix of more
-    heads than the cache holds would read their keys and values from memory again and again.
-    """
-    _, key_heads, length, dim = k.shape
-    one = max(length * (dim + v.shape[3]) * k.element_size(), 1)
-    return max(_CACHE_BYTES // one, 1) * (heads // max(key_heads, 1))
 
 
 def lists(
@@ -108,7 +59,7 @@ def lists(
         exact_tiles: first query tile and first key tile of exact tokens: those and all later ones
             are kept whatever the rule says.
         together: heads whose query tiles are ordered as one, longest list first; those of the next
-            heads come after. See :func:`heads_together`.
+            heads come after. See :func:`~cef_compile.kernels.schedule.heads_together`.
         engine: one of ``ENGINES``, what will compute the attention: to be put on record.
 
     Returns:
@@ -118,7 +69,7 @@ def lists(
     """
     batch, heads, n_m, n_n = bins.shape
     device = bins.device
-    found = _room(bins, want_kept)
+    found = room(bins, want_kept)
     curve = torch.empty(histogram.shape, device=device)
     measures = torch.empty(c.MEASURE_SIZE, device=device)
     taken = histogram if rule == "threshold" else torch.zeros(2, dtype=torch.int64, device=device)
@@ -145,7 +96,7 @@ def lists(
         PARTIAL=partial,
         WANT_KEPT=want_kept,
         USED=c.ENGINES.index(engine),
-        STEP=_list_block(n_n),
+        STEP=list_block(n_n),
         num_warps=_WARPS,
     )
     if rule != "threshold":
@@ -155,69 +106,8 @@ def lists(
             measures,
             num_warps=_WARPS,
         )
-    _take_longest_first(found, together)
+    take_longest_first(found, together)
     return found, curve, measures
-
-
-def judged_lists(judged: Tensor, *, partial: bool, together: int) -> Lists:
-    """Compact lists of the tiles that a kernel of the online filter keeps.
-
-    Args:
-        judged: uint8 ``[B, H, Tm, Tn]``, ``JUDGED_WHOLE`` or ``JUDGED_PARTLY`` where a tile is
-            kept, else 0.
-        partial, together: as for :func:`lists`.
-    """
-    batch, heads, n_m, n_n = judged.shape
-    found = _room(judged, want_kept=False)
-    _judged[(max(n_m, 1), max(heads, 1), max(batch, 1))](
-        judged,
-        found.index,
-        found.count,
-        found.queue,
-        n_n if judged.numel() else 0,
-        batch * heads * n_m,
-        PARTIAL=partial,
-        WHOLE=c.JUDGED_WHOLE,
-        PARTLY=c.JUDGED_PARTLY,
-        STEP=_list_block(n_n),
-        num_warps=_WARPS,
-    )
-    _take_longest_first(found, together)
-    return found
-
-
-def _room(pairs: Tensor, want_kept: bool) -> Lists:
-    """Memory for lists; ``pairs`` is uint8 ``[B, H, Tm, Tn]``."""
-    batch, heads, n_m, n_n = pairs.shape
-    device = pairs.device
-    dtype = torch.int16 if n_n <= c.INT16_TILES else torch.int32
-    return Lists(
-        index=torch.empty(pairs.shape, dtype=dtype, device=device),
-        count=torch.empty(2, batch, heads, n_m, dtype=torch.int32, device=device),
-        order=torch.empty(batch * heads * n_m, dtype=torch.int32, device=device),
-        queue=torch.empty(1, dtype=torch.int32, device=device),
-        kept=torch.empty_like(pairs) if want_kept else None,
-    )
-
-
-def _list_block(n_n: int) -> int:
-    return min(_LIST_BLOCK, triton.next_power_of_2(max(n_n, 1)))
-
-
-def _take_longest_first(found: Lists, together: int) -> None:
-    """Fills in the order."""
-    total = len(found.order)
-    if total:
-        span = min(together * found.index.shape[2], total)
-        _order[(triton.cdiv(span, _ORDER_BLOCK), triton.cdiv(total, span))](
-            found.count,
-            found.order,
-            span,
-            total,
-            BLOCK=_ORDER_BLOCK,
-            OTHERS=_ORDER_OTHERS,
-            num_warps=_WARPS,
-        )
 
 
 @triton.jit
@@ -417,47 +307,3 @@ def _lists(
     if RULE != "threshold":
         tl.atomic_add(taken, tl.floor(mass * _ENERGY_UNIT + 0.5).to(tl.int64), sem="relaxed")
         tl.atomic_add(taken + 1, tl.cast(listed, tl.int64), sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["total"])
-def _judged(
-    judged, index, counts, queue, n_n, total,
-    PARTIAL: tl.constexpr, WHOLE: tl.constexpr, PARTLY: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """One program per (query tile, head, batch): its list from the verdicts on all key tiles."""
-    n_m, heads = tl.num_programs(0), tl.num_programs(1)
-    row = (tl.program_id(2).to(tl.int64) * heads + tl.program_id(1)) * n_m + tl.program_id(0)
-    if row == 0:
-        tl.store(queue, 0)
-    judged += row * n_n
-    index += row * n_n
-    listed = 0
-    whole = 0
-    for phase in tl.static_range(2 if PARTIAL else 1):
-        for start in range(0, n_n, STEP):
-            at = start + tl.arange(0, STEP)
-            keep = tl.load(judged + at, mask=at < n_n, other=0) == (PARTLY if phase else WHOLE)
-            place = listed + tl.cumsum(keep.to(tl.int32), 0) - 1
-            tl.store(index + place, at.to(index.dtype.element_ty), mask=keep)
-            listed += tl.sum(keep.to(tl.int32), 0)
-        if phase == 0:
-            whole = listed
-    tl.store(counts + row, listed, mask=row < total)
-    tl.store(counts + total + row, whole, mask=row < total)
-
-
-@triton.jit(do_not_specialize=["span", "total"])
-def _order(counts, order, span, total, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
-    """One program per (block of query tiles, span of them): places in the span by falling count."""
-    first = tl.program_id(1) * span
-    size = tl.minimum(span, total - first)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mine = tl.load(counts + first + at, mask=at < size, other=0)
-    place = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, size, OTHERS):
-        other = start + tl.arange(0, OTHERS)
-        theirs = tl.load(counts + first + other, mask=other < size, other=-1)
-        sooner = theirs[None, :] > mine[:, None]
-        sooner |= (theirs[None, :] == mine[:, None]) & (other[None, :] < at[:, None])
-        place += tl.sum(sooner.to(tl.int32), 1)
-    tl.store(order + first + place, first + at, mask=at < size)

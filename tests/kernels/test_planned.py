@@ -28,9 +28,11 @@ from cef_compile.kernels import config as c
 from cef_compile.kernels import launch
 from cef_compile.kernels import reference as ref
 from cef_compile.kernels.centroids import centroids
-from cef_compile.kernels.lists import Lists, heads_together, judged_lists, lists
+from cef_compile.kernels.judged import judged_lists
+from cef_compile.kernels.lists import lists
 from cef_compile.kernels.plan import plan
 from cef_compile.kernels.ranks import variance_factor
+from cef_compile.kernels.schedule import Lists, heads_together
 from cef_compile.kernels.tuning import find_tuning
 
 pytestmark = MARKS
