@@ -432,7 +432,8 @@ def main() -> None:
         # Sections that are not run again stay, if they were measured on the same.
         if {**kept["about"], "date": here["date"]} == here:
             found = kept["results"]
-    for name in given.only:
+    # In this order, whatever was asked for: only what comes first is a first call.
+    for name in (name for name in SECTIONS if name in given.only):
         print(f"\n{name}", flush=True)
         found[name] = []
         for line in SECTIONS[name]():
