@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels.schedule import Lists, list_block, room, take_longest_first
+from cef_compile.kernels.schedule import Lists, append, list_block, room, take_longest_first
 
 _WARPS = 4
 
@@ -58,9 +58,7 @@ def _judged(
         for start in range(0, n_n, STEP):
             at = start + tl.arange(0, STEP)
             keep = tl.load(judged + at, mask=at < n_n, other=0) == (PARTLY if phase else WHOLE)
-            place = listed + tl.cumsum(keep.to(tl.int32), 0) - 1
-            tl.store(index + place, at.to(index.dtype.element_ty), mask=keep)
-            listed += tl.sum(keep.to(tl.int32), 0)
+            listed = append(index, listed, at, keep)
         if phase == 0:
             whole = listed
     tl.store(counts + row, listed, mask=row < total)

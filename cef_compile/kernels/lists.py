@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cef_compile.kernels import config as c
-from cef_compile.kernels.schedule import Lists, list_block, room, take_longest_first
+from cef_compile.kernels.schedule import Lists, append, list_block, room, take_longest_first
 
 _WARPS = 4
 
@@ -297,9 +297,7 @@ def _lists(
                     keep = keep & (keys == _BLOCK_N)
                 else:
                     keep = keep & (keys < _BLOCK_N)
-            place = listed + tl.cumsum(keep.to(tl.int32), 0) - 1
-            tl.store(index + place, at.to(index.dtype.element_ty), mask=keep)
-            listed += tl.sum(keep.to(tl.int32), 0)
+            listed = append(index, listed, at, keep)
         if phase == 0:
             whole = listed
     tl.store(counts + row, listed, mask=row < total)

@@ -81,6 +81,14 @@ def list_block(n_n: int) -> int:
     return min(_LIST_BLOCK, triton.next_power_of_2(max(n_n, 1)))
 
 
+@triton.jit
+def append(index, listed, at, keep):
+    """Numbers of kept tiles at the end of a list of so many, whose new length comes back."""
+    place = listed + tl.cumsum(keep.to(tl.int32), 0) - 1
+    tl.store(index + place, at.to(index.dtype.element_ty), mask=keep)
+    return listed + tl.sum(keep.to(tl.int32), 0)
+
+
 def take_longest_first(found: Lists, together: int) -> None:
     """Fills in the order; ``together`` is of :func:`heads_together`."""
     total = len(found.order)
