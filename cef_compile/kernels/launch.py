@@ -122,7 +122,6 @@ def planned(
     tuning = _tuning(q, v)
     given = _tiled(k, v, key_mask, layout, variance_factor(scale))
     cents = given.centroids or centroids(k, key_mask, variance_factor=variance_factor(scale))
-    partial = given.key_mask is not None or given.k.shape[2] % c.BLOCK_N != 0
     engine = _engine(engine, q, given, compensate=compensate, scores=scores)
     ranked = _rank(
         engine,
@@ -142,7 +141,7 @@ def planned(
         ranked.histogram,
         control,
         rule=rule,
-        partial=partial,
+        partial=given.partial,
         want_kept=compensate,
         exact_tiles=given.exact_tiles,
         together=heads_together(q.shape[1], given.k, given.v),
@@ -186,6 +185,11 @@ class _Tiled:
     tokens: Tensor | None = None
     exact_tiles: tuple[int, int] | None = None
     centroids: Centroids | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether a key tile may be partly visible."""
+        return self.key_mask is not None or self.k.shape[2] % c.BLOCK_N != 0
 
 
 def _tiled(
@@ -380,7 +384,7 @@ def online(
         judged, recall, kept, sums = hopper_judge.judge(q, given.k, control, **options)
         listed = judged_lists(
             judged,
-            partial=given.key_mask is not None or given.k.shape[2] % c.BLOCK_N != 0,
+            partial=given.partial,
             together=heads_together(q.shape[1], given.k, given.v),
         )
         out, lse = hopper.attend(
