@@ -14,21 +14,6 @@ _RECALL_UNIT = tl.constexpr(c.RECALL_UNIT)
 _WARPS = 4
 
 
-def outputs(
-    q: Tensor, value_dim: int, query_tiles: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for out, lse, recall, kept and sums.
-
-    Returns:
-        out ``[B, H, q_len, Dv]`` in (B, q_len, H, Dv) memory order; lse, float32
-        ``[B, H, q_len]``; and what :func:`accounts` returns.
-    """
-    batch, heads, q_len, _ = q.shape
-    out = q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    return out, lse, *accounts(q, query_tiles)
-
-
 def accounts(q: Tensor, query_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for what a filter says of itself, of which the sums begin at 0.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cef_compile.kernels import config as c
 from cef_compile.kernels.descriptor import describe
-from cef_compile.kernels.ledger import log2_threshold_of, outputs
+from cef_compile.kernels.ledger import accounts, log2_threshold_of
 
 _LN2 = tl.constexpr(math.log(2.0))
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -62,7 +62,9 @@ def online(
     positions = q_len if tokens is None else len(tokens)
     n_m = c.tiles(positions, c.BLOCK_M)
     n_n = c.tiles(kv_len, c.BLOCK_N)
-    out, lse, recall, kept, sums = outputs(q, value_dim, n_m)
+    out = q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
+    recall, kept, sums = accounts(q, n_m)
+    lse = torch.empty_like(recall)
     block_d, block_dv = c.padded_dim(dim), c.padded_dim(value_dim)
     if lse.numel():
         _online[(n_m * heads * batch,)](
