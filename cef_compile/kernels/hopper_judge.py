@@ -226,6 +226,7 @@ def _affordable(
 @gluon.jit
 def _unanimous(yes, votes, WARPS: gl.constexpr):
     """1 where all rows say yes, else 0: a barrier that counts, in place of a tree of exchanges."""
+    gl.static_assert(yes.shape[0] == 16 * WARPS, "the vote is one of two rows a thread")
     said = gl.inline_asm_elementwise(
         """{
             .reg .pred mine, all;
@@ -334,7 +335,7 @@ def _judge(
     visible = n_n
     if HAS_MASK:
         visible = _visible(batch, mask, n_n, kv_len, BLOCK_N, COUNT_BLOCK, wide)
-    counted = gl.sum(real.to(gl.float32), 0)
+    present = gl.sum(real.to(gl.float32), 0)
     judged += gl.program_id(0).to(gl.int64) * n_n
     top = gl.full([BLOCK_M], float("-inf"), gl.float32, row_layout)
     gathered = gl.zeros([BLOCK_M], gl.float32, row_layout)
@@ -378,7 +379,7 @@ def _judge(
             small = high - top < log2_threshold
         if CERTIFY != "none":
             small = small & _affordable(
-                energy, gathered, lost, real, counted, budget, left.to(gl.float32), CERTIFY, STRIDE
+                energy, gathered, lost, real, present, budget, left.to(gl.float32), CERTIFY, STRIDE
             )
         verdict = _unanimous(small | (real == 0), votes, WARPS)
         drop = (target < 1) & (verdict == 1)
